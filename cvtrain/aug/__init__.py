@@ -1,0 +1,1 @@
+"""Augmentation; the `aug` group."""

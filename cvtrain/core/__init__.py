@@ -1,0 +1,1 @@
+"""What every layer shares: batches, counter-based randomness, preprocessing, ranks."""

@@ -1,0 +1,169 @@
+"""The values that travel between layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """Samples on their way to the model.
+
+    Attributes:
+        images: `(B, C, H, W)`; uint8 in 0..255 as read, float32 once augmented and normalised.
+        targets: `(B,)` int64 class numbers as read; `(B, K)` float probabilities after mixing. Other tasks put
+            what they need here; only `task/` and `data/` know which.
+        indices: `(B,)` int64 positions in the split, the key of per-sample randomness and of predictions.csv.
+    """
+
+    images: Tensor
+    targets: Any
+    indices: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to `device`; asynchronous when the memory is pinned."""
+        return dataclasses.replace(
+            self,
+            images=self.images.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a picture becomes the model's input; stored in every checkpoint and export.
+
+    Resize the short side to `resize`, crop the centre to `img_size`, scale to 0..1, subtract `mean`, divide by `std`.
+
+    Attributes:
+        img_size: Side of the square the model sees, in pixels.
+        resize: Side of the square that is read, in pixels; larger than `img_size` when evaluation crops the centre.
+        channels: 1 (grey), 3 (RGB) or more.
+        mean: Mean a channel, of values in 0..1.
+        std: Standard deviation a channel, of values in 0..1.
+    """
+
+    img_size: int
+    resize: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON."""
+        return {**dataclasses.asdict(self), "interpolation": "bilinear", "scale": 255.0, "layout": "NCHW"}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Preprocess:
+        """Rebuild from `to_dict`'s JSON."""
+        return Preprocess(
+            img_size=int(values["img_size"]),
+            resize=int(values["resize"]),
+            channels=int(values["channels"]),
+            mean=tuple(float(v) for v in values["mean"]),
+            std=tuple(float(v) for v in values["std"]),
+        )
+
+    def centre_crop(self, images: Tensor) -> Tensor:
+        """Crop `(B, C, resize, resize)` to the centre `(B, C, img_size, img_size)`; a no-op when they are equal."""
+        margin = (images.shape[-1] - self.img_size) // 2
+        return images[..., margin : margin + self.img_size, margin : margin + self.img_size]
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Turn float images in 0..1 into the model's input, in place where the caller owns them."""
+        mean = torch.tensor(self.mean, device=images.device, dtype=images.dtype).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=images.device, dtype=images.dtype).view(1, -1, 1, 1)
+        return (images - mean) / std
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Turn uint8 `(B, C, resize, resize)` pictures into the model's float32 `(B, C, img_size, img_size)` input."""
+        return self.normalize(self.centre_crop(images).float() / 255.0)
+
+
+class Source(Protocol):
+    """One split of a data set: labelled pictures by position."""
+
+    labels: NDArray[np.int64]
+    """`(N,)` class numbers."""
+    names: list[str]
+    """`N` names for predictions.csv: a relative path, or the position as text."""
+
+    def __len__(self) -> int:
+        """Return N."""
+        ...
+
+    def read(self, indices: NDArray[np.int64]) -> Tensor:
+        """Return uint8 `(B, C, resize, resize)`; safe to call from worker processes."""
+        ...
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """A data set ready to be loaded: three disjoint splits, one class list frozen from train, one preprocessing.
+
+    Attributes:
+        name: Short name for logs.
+        class_names: K names; a label is a position in this list.
+        preprocess: What `Source.read` returns and the model expects.
+        train: What the optimizer sees.
+        val: What chooses the checkpoint.
+        test: What produces the reported numbers; touched once.
+        skipped: How many files were left out.
+        notes: Sentences for the log: what was split, resized, skipped.
+    """
+
+    name: str
+    class_names: list[str]
+    preprocess: Preprocess
+    train: Source
+    val: Source
+    test: Source
+    skipped: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_classes(self) -> int:
+        """Return K."""
+        return len(self.class_names)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many pictures each split holds."""
+        return {
+            "train": len(self.train),
+            "val": len(self.val),
+            "test": len(self.test),
+            "skipped": self.skipped,
+        }
+
+
+Draw = Callable[[int], Tensor]
+"""Per-sample randomness: `draw(n)` returns `(B, n)` float32 in [0, 1) on the images' device."""
+
+
+class SampleTransform(Protocol):
+    """An augmentation of single pictures, applied to a whole batch with parameters of each sample's own."""
+
+    def __call__(self, images: Tensor, draw: Draw) -> Tensor:
+        """Map float `(B, C, H, W)` in 0..1 to the same dtype and range."""
+        ...
+
+
+class BatchTransform(Protocol):
+    """An augmentation that mixes the samples of a batch."""
+
+    def __call__(
+        self, images: Tensor, targets: Tensor, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Map images `(B, C, H, W)` and targets `(B, K)` float to the same shapes."""
+        ...
