@@ -1,0 +1,229 @@
+"""From config to objects: the only caller of `hydra.utils.instantiate`, and the only place that knows the groups' keys."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import nn
+
+from cvtrain.catalog import shipped_targets
+from cvtrain.core.types import DataSets
+from cvtrain.data.loader import Loader, LoaderConfig
+from cvtrain.engine.run import TrainOptions
+from cvtrain.errors import ConfigError, CvtrainError, did_you_mean
+from cvtrain.optimizer import param_groups
+from cvtrain.schema import METRICS, seconds
+
+log = logging.getLogger("cvtrain")
+
+CONTROL_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
+
+
+class Builder:
+    """Builds the parts of a run.
+
+    Args:
+        config: Resolved, audited and validated.
+        trusted: The user's own packages.
+    """
+
+    def __init__(self, config: dict[str, Any], trusted: Sequence[str]) -> None:
+        self.config = config
+        self.trusted = tuple(trusted)
+
+    def build(self, group: str, node: dict[str, Any] | None = None, **runtime: Any) -> Any:  # noqa: ANN401
+        """Instantiate `config[group]`, or `node`.
+
+        Args:
+            group: Name for errors.
+            node: A config node with `_target_`; None: the group's own.
+            runtime: Values known only now; those that the target does not take are left out.
+
+        Raises:
+            ConfigError: A key that the target does not take, or one that is set by the run itself.
+        """
+        node = self.config[group] if node is None else node
+        if "_target_" not in node:
+            raise ConfigError(f"{group} has no _target_; choose an option: cvtrain list {group}")
+        self._check_nested(group, node)
+        target = resolve(node["_target_"], self.trusted)
+        given = {key: value for key, value in node.items() if key not in CONTROL_KEYS}
+        accepted = self._accepted(group, target, given, runtime)
+        both = sorted(set(given) & set(accepted))
+        for key in [key for key in both if given[key] is not None and group != "model"]:
+            raise ConfigError(f"{group}.{key}={given[key]} is set by the run itself; remove it.")
+        clean = {key: value for key, value in node.items() if key not in both}
+        try:
+            return instantiate(clean, **accepted, _convert_="all")
+        except CvtrainError:
+            raise
+        except Exception as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, CvtrainError):
+                raise cause from error
+            if isinstance(cause, (TypeError, ValueError, AssertionError, ImportError)):
+                raise ConfigError(f"{group}: {node['_target_']} refuses its settings: {cause}") from error
+            raise cause from error
+
+    def build_each(self, group: str, **runtime: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Instantiate each option of a list-like group, in order, by name."""
+        return {name: self.build(f"{group}.{name}", node, **runtime) for name, node in self.config[group].items()}
+
+    def device(self) -> torch.device:
+        """Return the device, the best one for `auto`.
+
+        Raises:
+            ConfigError: No such device here.
+        """
+        name = str(self.config["device"])
+        if name == "auto":
+            if torch.cuda.is_available():
+                return torch.device("cuda", torch.cuda.current_device())
+            return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            known = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+            raise ConfigError(f"device={name} is not available here; {did_you_mean(name, known, 'devices')}") from error
+        return device
+
+    def data(self) -> tuple[DataSets, Any]:
+        """Load the data set; return it with the object that loaded it."""
+        node = {key: value for key, value in self.config["data"].items() if key != "aug_overrides"}
+        source = self.build("data", node)
+        img_size = self.config["img_size"] or self.config["model"].get("img_size")
+        return source.load(img_size, self.config["aug"].get("eval_resize", 1.0), self.config["workers"]), source
+
+    def loader(self, sets: DataSets, device: torch.device, rank: int, world_size: int) -> Loader:
+        """Build the loader and say which kind and why."""
+        config = self.config
+        loader = Loader(sets, LoaderConfig(config["batch_size"], config["seed"], device, config["loader"], config["workers"], rank, world_size))
+        return loader
+
+    def augmentation(self) -> Any:  # noqa: ANN401 - aug.Augmentation or the user's own
+        """Build the augmentation, changed where the data set's own defaults say so."""
+        node = dict(self.config["aug"])
+        sample = dict(node.get("sample") or {})
+        for name, change in (self.config["data"].get("aug_overrides") or {}).items():
+            if sample.get(name) is None:
+                continue
+            if change is None:
+                del sample[name]
+                log.info("aug: no %s on this data set, it would change what a picture is (data.aug_overrides={} keeps it)", name)
+            else:
+                sample[name] = {**sample[name], **change}
+                log.info("aug: %s with %s on this data set (data.aug_overrides={} keeps the preset)", name, ", ".join(f"{k}={v}" for k, v in change.items()))
+        if "sample" in node:
+            node["sample"] = sample
+        return self.build("aug", node)
+
+    def model(self, sets: DataSets) -> nn.Module:
+        """Build the network for the data's classes, channels and size, the same weights for the same seed."""
+        torch.manual_seed(self.config["seed"])
+        return build_model(self, self.config["model"], sets.num_classes, sets.preprocess.channels, sets.preprocess.img_size)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Build the optimizer over groups that spare norms and biases from weight decay."""
+        node = dict(self.config["optimizer"])
+        groups = param_groups(model, float(node.get("weight_decay", 0.0)))
+        target = resolve(node["_target_"], self.trusted)
+        kwargs = {key: value for key, value in node.items() if key not in CONTROL_KEYS}
+        self._accepted("optimizer", target, kwargs, {})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer: torch.optim.Optimizer = target(groups, **kwargs)
+        return optimizer
+
+    def options(self, rank: int) -> TrainOptions:
+        """Return the loop's plain settings."""
+        config = self.config
+        return TrainOptions(
+            epochs=config["epochs"],
+            seed=config["seed"],
+            base_lr=float(config["optimizer"]["lr"]),
+            grad_accum_steps=config["grad_accum_steps"],
+            clip_grad_norm=config["clip_grad_norm"],
+            channels_last=config["channels_last"],
+            save_every_steps=config["save_every_steps"],
+            limit_train_batches=config["limit_train_batches"],
+            limit_eval_batches=config["limit_eval_batches"],
+            max_seconds=seconds(str(config["max_time"])) if config["max_time"] else None,
+            rank=rank,
+        )
+
+    def monitor_mode(self) -> str:
+        """Return `max` or `min`."""
+        mode = str(self.config["mode"])
+        return METRICS[self.config["monitor"]] if mode == "auto" else mode
+
+    def _accepted(self, group: str, target: Any, given: dict[str, Any], runtime: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
+        parameters = inspect.signature(target).parameters
+        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            return runtime
+        # A model's img_size in its YAML asks for a size; the run has already granted it.
+        unknown = [key for key in given if key not in parameters and not (group == "model" and key == "img_size")]
+        if unknown:
+            raise ConfigError(f"unknown key {group}.{unknown[0]}={given[unknown[0]]}; {did_you_mean(unknown[0], parameters, 'keys')}")
+        return {key: value for key, value in runtime.items() if key in parameters}
+
+    def _check_nested(self, path: str, node: Any) -> None:  # noqa: ANN401 - any plain value
+        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        for key, value in items:
+            if key == "_target_":
+                resolve(str(value), self.trusted)
+            self._check_nested(f"{path}.{key}", value)
+
+
+def build_model(builder: Builder, node: dict[str, Any], num_classes: int, in_channels: int, img_size: int) -> nn.Module:
+    """Build a network from its config node and the three values that the data decides.
+
+    Raises:
+        ConfigError: The target does not return a `torch.nn.Module`.
+    """
+    model = builder.build("model", node, num_classes=num_classes, in_channels=in_channels, img_size=img_size)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model._target_={node['_target_']} returned {type(model).__name__}, not a torch.nn.Module.")
+    return model
+
+
+def resolve(target: str, trusted: Sequence[str]) -> Any:  # noqa: ANN401 - whatever the name stands for
+    """Import what an allowed `_target_` names.
+
+    The audit has passed the string; here the thing itself must come from where the string says, so that a trusted
+    package does not lend its name to something it merely imported.
+
+    Raises:
+        ConfigError: Not allowed, not found, or from another package.
+    """
+    package = target.split(".")[0]
+    if target not in shipped_targets() and package not in trusted:
+        raise ConfigError(f"_target_={target} is refused; add trusted=[{package}] to the command line if it is yours.")
+    parts = target.split(".")
+    found: Any = None
+    for split in range(len(parts) - 1, 0, -1):
+        module_name = ".".join(parts[:split])
+        try:
+            found = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is not None and module_name.startswith(error.name):
+                continue
+            raise ConfigError(f"_target_={target}: importing {module_name} failed: {error}. Install what it needs.") from error
+        for name in parts[split:]:
+            found = getattr(found, name, None)
+        break
+    if found is None or not callable(found):
+        where = Path.cwd()
+        raise ConfigError(f"_target_={target} was not found. Check the name, and that {package!r} is importable from {where} or installed.")
+    origin = str(getattr(found, "__module__", "") or "")
+    if package in trusted and origin.split(".")[0] != package:
+        raise ConfigError(f"_target_={target} is refused: it comes from {origin or 'nowhere'}, not from the trusted package {package!r}.")
+    return found

@@ -1,0 +1,125 @@
+"""The `cvtrain` command: verb, help, checked config, hand-over to Hydra. Torch is imported only when a job runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cvtrain import catalog, helptext
+from cvtrain.errors import EXIT_OK, EXIT_SIGINT, ConfigError, CvtrainError, did_you_mean
+
+if TYPE_CHECKING:
+    from cvtrain.compose import Composer
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    try:
+        code = run(sys.argv[1:])
+    except CvtrainError as error:
+        _print_error(str(error))
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = EXIT_SIGINT
+    except BrokenPipeError:  # `cvtrain list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_OK
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+    sys.exit(code)
+
+
+def run(argv: list[str]) -> int:
+    """Run one command; return its exit code.
+
+    Raises:
+        CvtrainError: A failure with a known cause.
+    """
+    verb, rest = split_verb(argv)
+    if "--version" in rest:
+        from cvtrain import __version__
+
+        sys.stdout.write(f"cvtrain {__version__}\n")
+        return EXIT_OK
+    if "--help" in rest or "-h" in rest:
+        sys.stdout.write(helptext.verb_help(verb) if argv[0] == verb else helptext.overview())
+        return EXIT_OK
+    if verb == "list":
+        sys.stdout.write(helptext.listing(rest))
+        return EXIT_OK
+    return _hydra(verb, rest)
+
+
+def split_verb(argv: list[str]) -> tuple[str, list[str]]:
+    """Return the verb (`train` when none is given) and what follows it.
+
+    Raises:
+        ConfigError: The first word is neither a verb, an override nor a flag.
+    """
+    names = [*catalog.verbs(), "list"]
+    if not argv or argv[0].startswith(("-", "+", "~")) or "=" in argv[0]:
+        return "train", argv
+    if argv[0] in names:
+        return argv[0], argv[1:]
+    raise ConfigError(f"unknown verb {argv[0]!r}; {did_you_mean(argv[0], names, 'verbs')}")
+
+
+def _hydra(verb: str, argv: list[str]) -> int:
+    from hydra import version
+    from hydra._internal.utils import get_args_parser
+
+    from cvtrain.compose import Composer, parse_flags, trusted_packages
+
+    version.setbase("1.3")
+    parser = get_args_parser()
+    args = parse_flags(parser, argv)
+    if args.experimental_rerun is not None or args.config_path is not None or args.config_name is not None:
+        raise ConfigError("--experimental-rerun, --config-path and --config-name are not supported; put your own YAML into a folder and add -cd FOLDER")
+    if args.shell_completion or args.info or args.hydra_help:
+        return _hand_over(args, parser, verb, lambda config: None)
+    composer = Composer(verb, args.config_dir)
+    overrides = composer.parse(args.overrides)
+    trusted = trusted_packages(overrides)
+    _make_importable(trusted, composer.extra)
+    if args.cfg:
+        return _show(composer, args, parser, verb, trusted)
+    if args.multirun:
+        from cvtrain.command import sweep
+
+        return sweep.run(composer, args, parser, trusted)
+    if any(override.is_sweep_override() for override in overrides):
+        raise ConfigError("several values for one key start a multirun: add -m. For a list write key=[a,b].")
+    composed, config = composer.check(args.overrides, trusted)
+    if verb == "train":
+        from cvtrain.command import single
+
+        return single.run(composed, config, args, parser, trusted)
+    from cvtrain.command import run_verb
+
+    return run_verb(verb, config, trusted)
+
+
+def _show(composer: Composer, args: Any, parser: Any, verb: str, trusted: list[str]) -> int:  # noqa: ANN401 - argparse
+    composer.check(args.overrides, trusted)
+    return _hand_over(args, parser, verb, lambda config: None)
+
+
+def _hand_over(args: Any, parser: Any, verb: str, task: Any) -> int:  # noqa: ANN401 - argparse and Hydra's own types
+    from cvtrain.command.handover import to_hydra
+
+    return to_hydra(args, parser, verb, task)
+
+
+def _make_importable(trusted: list[str], config_dir: Path | None) -> None:
+    """Let a trusted package lie in the current folder, or beside or in the `-cd` folder; never before installed ones."""
+    if trusted:
+        places = [Path.cwd(), *([config_dir, config_dir.parent] if config_dir else [])]
+        sys.path.extend(str(place) for place in places if str(place) not in sys.path)
+
+
+def _print_error(message: str) -> None:
+    sys.stderr.write(f"cvtrain: {message}\n")
+

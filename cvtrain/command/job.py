@@ -1,0 +1,96 @@
+"""One training job, from a checked config to an outcome that scripts can read."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cvtrain import runs
+from cvtrain.core.files import storage_error, to_json_line
+from cvtrain.errors import EXIT_SIGINT, CvtrainError, Interrupted, OutOfMemoryError
+
+
+@dataclass
+class Outcome:
+    """How a job ended; the JSON of the last line, and a row of a sweep's table."""
+
+    run: str
+    status: str
+    exit_code: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    artifacts: list[dict[str, Any]] = field(default_factory=list)
+    data: dict[str, int] = field(default_factory=dict)
+    seconds: float | None = None
+    error: CvtrainError | None = None
+
+    def json_line(self) -> str:
+        """Return the object that `json=true` prints."""
+        plain = dataclasses.asdict(dataclasses.replace(self, error=None))
+        plain.pop("error")
+        plain.pop("seconds")
+        return to_json_line(plain)
+
+
+def execute(config: dict[str, Any], folder: Path, trusted: list[str], choices: dict[str, str]) -> Outcome:
+    """Train by `config` in `folder`; every failure becomes an outcome and a status.json.
+
+    Args:
+        config: Resolved, audited and validated.
+        folder: The run folder; exists.
+        trusted: The user's own packages.
+        choices: Which option each group has.
+    """
+    started = time.monotonic()
+    outcome = Outcome(run=str(folder), status="failed", exit_code=1)
+    try:
+        with runs.locked(folder):
+            outcome = _execute_locked(config, folder, trusted, choices)
+    except CvtrainError as error:  # the lock, or a disk on which not even the status can be written
+        outcome.status, outcome.exit_code, outcome.error = runs.ending(error)[0], error.exit_code, error
+    outcome.seconds = time.monotonic() - started
+    return outcome
+
+
+def _execute_locked(config: dict[str, Any], folder: Path, trusted: list[str], choices: dict[str, str]) -> Outcome:
+    outcome = Outcome(run=str(folder), status="done", exit_code=0)
+    runs.write_status(folder, "running", None)
+    try:
+        from cvtrain.command.train import train
+
+        result = train(config, folder, trusted, choices)
+        outcome.metrics, outcome.artifacts, outcome.data = result.metrics, result.artifacts, result.data
+        runs.write_status(folder, "done", 0)
+    except BaseException as caught:  # also KeyboardInterrupt outside the loop
+        error = _known(caught, folder)
+        state, retryable = runs.ending(error)
+        runs.write_status(folder, state, error.exit_code, str(error), retryable)
+        outcome.status, outcome.exit_code, outcome.error = state, error.exit_code, error
+        traceback.clear_frames(caught.__traceback__)  # a sweep must not keep the model of a failed job
+    return outcome
+
+
+def _known(error: BaseException, folder: Path) -> CvtrainError:
+    if isinstance(error, CvtrainError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("stopped by SIGINT.", EXIT_SIGINT)
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return OutOfMemoryError(
+            f"out of memory: {str(error).splitlines()[0] if str(error) else 'no memory left'}\n"
+            "Lower batch_size (and raise grad_accum_steps to keep the effective batch), use precision=amp, or lower img_size."
+        )
+    if isinstance(error, OSError) and error.errno is not None and error.filename:
+        return storage_error(Path(str(error.filename)), error)
+    text = "".join(traceback.format_exception(error))
+    try:
+        (folder / "crash.txt").write_text(text)
+        where = f"The traceback is in {folder / 'crash.txt'}; please report it."
+    except OSError:
+        sys.stderr.write(text)
+        where = "Please report it."
+    return CvtrainError(f"internal error: {type(error).__name__}: {error}\n{where}")

@@ -1,0 +1,225 @@
+"""From a command line to a checked config: Hydra composes, then nothing runs before audit and validation; torch-free."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cvtrain import catalog
+from cvtrain.audit import audit, audit_hydra
+from cvtrain.errors import ConfigError, did_you_mean, nearest
+from cvtrain.schema import validate
+
+CONFIG_PATH = "pkg://cvtrain.configs"
+CHECKED_JOBS = 256
+"""In a larger sweep each value is still checked, but not every combination."""
+
+
+class Composer:
+    """Composes and checks configs of one verb.
+
+    Args:
+        verb: Name of the primary config.
+        config_dir: The user's own config folder (`-cd`), or None.
+
+    Raises:
+        ConfigError: `config_dir` is not a folder.
+    """
+
+    def __init__(self, verb: str, config_dir: str | None) -> None:
+        self.verb = verb
+        self.extra = Path(config_dir).absolute() if config_dir else None
+        search_path = create_config_search_path(CONFIG_PATH)
+        if self.extra is not None:
+            if not self.extra.is_dir():
+                raise ConfigError(f"--config-dir: {self.extra} is not a folder. Give the folder that holds your model/, data/ … YAML.")
+            if isinstance(search_path, ConfigSearchPathImpl):
+                search_path.prepend(provider="command-line", path=f"file://{self.extra}")
+        GlobalHydra.instance().clear()
+        self._hydra = Hydra.create_main_hydra2(verb, search_path)
+        self._parser = OverridesParser.create(config_loader=self._hydra.config_loader)
+
+    def parse(self, overrides: Sequence[str]) -> list[Override]:
+        """Parse overrides by Hydra's grammar.
+
+        Raises:
+            ConfigError: One does not parse.
+        """
+        for text in overrides:
+            try:
+                self._parser.parse_override(text)
+            except OverrideParseException as error:
+                raise ConfigError(f"{text!r} is not an override ({str(error).splitlines()[0]}). Write key=value, group=option or group=[a,b].") from error
+        return self._parser.parse_overrides(list(overrides))
+
+    def check(self, overrides: Sequence[str], trusted: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
+        """Compose one job; return Hydra's config and the resolved plain config without `hydra`.
+
+        Raises:
+            ConfigError: Unknown names, wrong values, contradictions, refused targets.
+        """
+        self._check_names(overrides)
+        try:
+            composed = self._compose(overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise self._explain(error) from error
+        HydraConfig.instance().set_config(composed)
+        hydra_node = OmegaConf.to_container(composed.hydra, resolve=False)
+        audit_hydra(hydra_node)  # type: ignore[arg-type]
+        config = plain(composed)
+        audit(config, trusted)
+        validate(config, trusted)
+        return composed, config
+
+    def jobs(self, overrides: Sequence[str]) -> Iterator[list[str]]:
+        """Expand a multirun's overrides into each job's; above CHECKED_JOBS only so that each value appears once."""
+        choices: list[list[str]] = []
+        for override in self.parse(overrides):
+            if override.is_sweep_override() and override.is_discrete_sweep():
+                choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+            elif not override.is_sweep_override():
+                choices.append([override.input_line or ""])
+        total = 1
+        for values in choices:
+            total *= len(values)
+        if total <= CHECKED_JOBS:
+            yield from (list(job) for job in itertools.product(*choices))
+        else:
+            yield from ([values[min(i, len(values) - 1)] for values in choices] for i in range(max(map(len, choices))))
+
+    def _compose(self, overrides: Sequence[str]) -> DictConfig:
+        return self._hydra.compose_config(
+            config_name=self.verb, overrides=list(overrides), run_mode=RunMode.RUN, from_shell=True, with_log_configuration=False
+        )
+
+    def _check_names(self, overrides: Sequence[str]) -> None:
+        """Catch a misspelt group first: Hydra would suggest `+modle=…`, which trains the wrong model."""
+        groups = catalog.groups(self.extra)
+        for override in self.parse(overrides):
+            key = override.key_or_group
+            if override.is_add() or override.is_force_add() or override.is_delete() or key.startswith("hydra") or "." in key:
+                continue
+            key = key.split("@")[0].strip("/")
+            names = [name for name, _, _ in catalog.keys(self.verb)]
+            if key in groups:
+                value = override.value()
+                for option in value if isinstance(value, list) else [value]:
+                    if isinstance(option, str) and option not in groups[key]:
+                        raise ConfigError(f"{key}={option} is unknown; {did_you_mean(option, groups[key], f'{key} options')}")
+            elif key not in names:
+                raise _unknown_name(key, override.get_value_element_as_str(), groups, names)
+
+    def _explain(self, error: Exception) -> ConfigError:
+        text = str(error)
+        unknown = re.search(r"full_key: ([\w.\[\]]+)", text) or re.search(r"full_key: ([\w.\[\]]+)", str(error.__cause__))
+        key = unknown[1] if unknown else None
+        missing = re.search(r"Could not override '([^']+)'", text)
+        if key is None and missing:
+            key = missing[1]
+        if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+            group, _, option = error.missing_cfg_file.rpartition("/")
+            options = catalog.groups(self.extra).get(group.strip("/"), {})
+            return ConfigError(f"{group}={option} is unknown; {did_you_mean(option, options, f'{group} options')}")
+        if key is not None and not key.startswith("hydra"):
+            return ConfigError(f"unknown key {key!r}; {did_you_mean(key, self._known_keys(), 'keys')}\nA new key needs a plus: +{key}=…")
+        return ConfigError(" ".join(text.split()))
+
+    def _known_keys(self) -> list[str]:
+        composed = self._compose([])
+        return sorted(_leaves(plain(composed)))
+
+
+def plain(composed: DictConfig) -> dict[str, Any]:
+    """Return the resolved config without `hydra` as plain dictionaries and lists.
+
+    Raises:
+        ConfigError: An interpolation does not resolve.
+    """
+    config = composed.copy()
+    OmegaConf.set_readonly(config, False)
+    OmegaConf.set_struct(config, False)
+    config.pop("hydra", None)
+    try:
+        container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    if not isinstance(container, dict):
+        raise ConfigError("the config is not a mapping.")
+    return {str(key): value for key, value in container.items()}
+
+
+def _unknown_name(key: str, value: str, groups: dict[str, dict[str, str]], names: list[str]) -> ConfigError:
+    close = nearest(key, [*groups, *names])
+    close.sort(key=lambda name: value not in groups.get(name, {}))  # a group that has this option is the likeliest
+    hint = f"did you mean {' or '.join(f'{name}={value}' for name in close[:2])}? " if close else ""
+    return ConfigError(f"unknown group or key {key!r}; {hint}groups: {', '.join(groups)} (keys: cvtrain train --help)")
+
+
+def trusted_packages(overrides: Sequence[Override]) -> list[str]:
+    """Return the packages of `trusted=[…]` on the command line.
+
+    Raises:
+        ConfigError: Not a list of package names.
+    """
+    found: list[str] = []
+    for override in overrides:
+        if override.key_or_group == "trusted":
+            value = override.value()
+            found = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+            if not isinstance(value, list) or not all(name.isidentifier() for name in found):
+                raise ConfigError(f"{override.input_line} is not a list of packages; write trusted=[mypkg]")
+    return found
+
+
+def group_choices(composed: DictConfig) -> dict[str, str]:
+    """Return which option each group has."""
+    return {str(key): str(value) for key, value in composed.hydra.runtime.choices.items() if "hydra" not in str(key)}
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse Hydra's flags, wherever they stand between the overrides.
+
+    Raises:
+        ConfigError: An unknown flag.
+    """
+    flags: list[str] = []
+    overrides: list[str] = []
+    rest = list(argv)
+    takes_value = {"-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name", "-c", "--cfg", "-p", "--package", "-i", "--info"}
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        flags.append(word)
+        if word in takes_value and rest and "=" not in rest[0]:
+            flags.append(rest.pop(0))
+    known = {option for action in parser._actions for option in action.option_strings}
+    for flag in flags:
+        if flag.startswith("-") and flag.split("=")[0] not in known:
+            raise ConfigError(f"unknown flag {flag}; {did_you_mean(flag, sorted(known), 'flags')}")
+    return parser.parse_args([*overrides, *flags])
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        if not str(key).startswith("_"):
+            yield f"{prefix}{key}"

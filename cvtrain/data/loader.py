@@ -1,0 +1,248 @@
+"""Batches of a split: from a tensor on the device, or from worker processes.
+
+The order of an epoch is a pure function of (seed, epoch), so that a resume in mid-epoch starts at any step at no
+cost, and neither the kind of loader, nor the number of workers or ranks changes which samples a global batch holds.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cvtrain.core.random import generator
+from cvtrain.core.types import Batch, DataSets, Source
+from cvtrain.data.source import MEMORY_LIMIT, ArraySource
+from cvtrain.errors import ConfigError, DataError, WorkerError
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How a data set is turned into batches.
+
+    Attributes:
+        batch_size: Samples in a training step over all ranks together.
+        seed: The run's seed.
+        device: Where the batches go.
+        mode: `device`, `host` or `auto`.
+        workers: Processes that read in mode `host`; 0 reads in this process.
+        rank: This process's rank.
+        world_size: Number of processes.
+    """
+
+    batch_size: int
+    seed: int
+    device: torch.device
+    mode: str = "auto"
+    workers: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+
+class Loader:
+    """Batches of uint8 pictures on the device, for every split of a data set.
+
+    Args:
+        sets: The data set.
+        config: How to load it.
+
+    Attributes:
+        mode: `device` (the splits live on the device as uint8) or `host` (worker processes read them).
+        reason: Why, in a line for the log.
+        steps_per_epoch: Training batches an epoch. The last, incomplete one counts when every rank gets two samples
+            or more of it: batch norm cannot be trained on one.
+
+    Raises:
+        ConfigError: A batch size, mode or number of workers out of range, or a batch that ranks cannot share.
+        DataError: No training batch, or mode `device` for pictures that are not in memory.
+    """
+
+    def __init__(self, sets: DataSets, config: LoaderConfig) -> None:
+        _check(config)
+        self.sets = sets
+        self.config = config
+        self.mode, self.reason = _choose(sets, config)
+        total = len(sets.train)
+        full, rest = divmod(total, config.batch_size)
+        self._last_share = rest // config.world_size if rest // config.world_size >= 2 else 0
+        self.steps_per_epoch = full + (self._last_share > 0)
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"data {sets.name}: no training batch: {total} pictures on {config.world_size} process(es) "
+                f"leave each {rest // config.world_size} of batch_size={config.batch_size}\n"
+                "  a batch needs 2 pictures a process; add pictures or use fewer processes"
+            )
+        self._resident: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield this rank's share of the epoch's global batches.
+
+        Args:
+            epoch: Epoch number, from 0; decides the order.
+            start: Batches to leave out at the beginning, without reading them.
+
+        Raises:
+            DataError: A picture cannot be read.
+            WorkerError: A worker process died.
+        """
+        order = generator(self.config.seed, "order", epoch).permutation(len(self.sets.train)).astype(np.int64)
+        share = self.config.batch_size // self.config.world_size
+        batches = []
+        for step in range(start, self.steps_per_epoch):
+            first = step * self.config.batch_size
+            size = share if first + self.config.batch_size <= len(order) else self._last_share
+            first += self.config.rank * size
+            batches.append(order[first : first + size])
+        return self._batches("train", batches)
+
+    def eval_batches(self, split: str, batch_size: int | None = None) -> Iterator[Batch]:
+        """Yield a split in order: every sample exactly once over all ranks, each rank a contiguous part.
+
+        Args:
+            split: `train`, `val` or `test`.
+            batch_size: Samples in this rank's batches; None means its share of a training batch.
+
+        Raises:
+            DataError: A picture cannot be read.
+            WorkerError: A worker process died.
+        """
+        size = batch_size or max(1, self.config.batch_size // self.config.world_size)
+        count = len(_split(self.sets, split))
+        mine = np.array_split(np.arange(count, dtype=np.int64), self.config.world_size)[self.config.rank]
+        return self._batches(split, [mine[i : i + size] for i in range(0, len(mine), size)])
+
+    def _batches(self, split: str, batches: list[Indices]) -> Iterator[Batch]:
+        source = _split(self.sets, split)
+        if self.mode == "device" and isinstance(source, ArraySource):
+            return self._from_device(split, source, batches)
+        return self._from_host(source, batches)
+
+    def _from_device(self, split: str, source: ArraySource, batches: list[Indices]) -> Iterator[Batch]:
+        if split not in self._resident:
+            labels = torch.from_numpy(source.labels)
+            self._resident[split] = (source.images.to(self.config.device), labels.to(self.config.device))
+        images, labels = self._resident[split]
+        if not batches:
+            return
+        # One copy an epoch: a copy a step would make the host wait for the GPU.
+        order = torch.from_numpy(np.concatenate(batches)).to(self.config.device)
+        first = 0
+        for indices in batches:
+            chosen = order[first : first + len(indices)]
+            first += len(indices)
+            yield Batch(images.index_select(0, chosen), labels.index_select(0, chosen), indices)
+
+    def _from_host(self, source: Source, batches: list[Indices]) -> Iterator[Batch]:
+        device = self.config.device
+        workers = min(self.config.workers, len(batches))
+        loader: DataLoader[tuple[Tensor, Tensor] | str] = DataLoader(
+            _Reader(source, batches),
+            batch_size=None,
+            shuffle=False,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_ignore_signals,
+            # Without one of its own, DataLoader draws its workers' seeds from torch's global generator.
+            generator=torch.Generator(),
+        )
+        iterator = iter(loader)
+        for indices in batches:
+            try:
+                read = next(iterator)
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                if workers == 0 or (isinstance(error, RuntimeError) and "worker" not in str(error)):
+                    raise
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise WorkerError(
+                    f"a data worker died: {reason}\n"
+                    "  often memory (also /dev/shm): lower workers or batch_size, or run with workers=0"
+                ) from error
+            if isinstance(read, str):
+                raise DataError(read)
+            images, targets = read
+            yield Batch(images, targets, indices).to(device)
+
+
+class _Reader(Dataset[tuple[Tensor, Tensor] | str]):
+    """One item a batch; a picture that cannot be read is returned as the text of its error.
+
+    A raised exception would reach the main process as the worker's whole traceback.
+    """
+
+    def __init__(self, source: Source, batches: list[Indices]) -> None:
+        self._source = source
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor] | str:
+        indices = self._batches[position]
+        try:
+            return self._source.read(indices), torch.from_numpy(self._source.labels[indices])
+        except DataError as error:
+            return str(error)
+
+
+def _unchanged(item: object) -> object:
+    return item
+
+
+def _ignore_signals(_: int) -> None:
+    """Leave Ctrl-C and a scheduler's SIGTERM, which reach the whole group, to the main process.
+
+    It finishes its step and saves, and needs its workers until then.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _split(sets: DataSets, split: str) -> Source:
+    sources: dict[str, Source] = {"train": sets.train, "val": sets.val, "test": sets.test}
+    return sources[split]
+
+
+def _check(config: LoaderConfig) -> None:
+    if config.batch_size < 2:
+        raise ConfigError(f"batch_size={config.batch_size} is out of range\n  allowed: 2 or more")
+    if config.batch_size % config.world_size:
+        raise ConfigError(
+            f"batch_size={config.batch_size} cannot be shared by {config.world_size} processes\n"
+            f"  allowed: a multiple of {config.world_size}; batch_size counts all processes together"
+        )
+    if config.mode not in ("auto", "device", "host"):
+        raise ConfigError(f"loader={config.mode}\n  allowed: auto, device, host")
+    if config.workers < 0:
+        raise ConfigError(f"workers={config.workers} is out of range\n  allowed: 0 or more")
+
+
+def _choose(sets: DataSets, config: LoaderConfig) -> tuple[str, str]:
+    """Return the mode and the reason for it."""
+    sources = [sets.train, sets.val, sets.test]
+    in_memory = [source for source in sources if isinstance(source, ArraySource)]
+    size = sum(source.images.nbytes for source in in_memory)
+    megabytes = f"{size / 2**20:.0f} MiB"
+    if config.mode == "host":
+        return "host", f"asked for, {config.workers} worker(s)"
+    if not isinstance(sets.train, ArraySource):
+        if config.mode == "device":
+            raise DataError(
+                f"loader=device: the pictures of {sets.name} are not held in memory\n"
+                "  use loader=host, a smaller img_size, or for a folder a larger data.cache_mb"
+            )
+        return "host", f"pictures are read as they are needed, {config.workers} worker(s)"
+    if config.mode == "device":
+        return "device", f"asked for, {megabytes}"
+    # On a CPU the tensors are where they are needed already, whatever their size.
+    if config.device.type == "cpu" or size <= MEMORY_LIMIT:
+        return "device", f"{megabytes} of uint8 fit on {config.device.type}"
+    return "host", f"{megabytes} exceed the {MEMORY_LIMIT // 2**20} MiB kept on {config.device.type}"

@@ -1,0 +1,141 @@
+"""Splitting a data set by ratio, and the checks every data set passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cvtrain.core.random import generator
+from cvtrain.core.types import DataSets, Preprocess
+from cvtrain.errors import ConfigError, DataError
+
+Indices = NDArray[np.int64]
+
+
+def fraction(name: str, value: float) -> float:
+    """Return a share of the data.
+
+    Raises:
+        ConfigError: It is not in (0, 1).
+    """
+    if not 0.0 < value < 1.0:
+        raise ConfigError(f"data.{name}={value} is out of range\n  allowed: above 0 and below 1")
+    return float(value)
+
+
+def stratified(labels: Indices, fractions: tuple[float, ...], seed: int) -> list[Indices]:
+    """Split positions at random, class by class.
+
+    A class of n gives each part round(n × fraction), but at least one when it can still keep one for training.
+
+    Args:
+        labels: `(N,)` class numbers.
+        fractions: Share of each part to carve; the rest is training.
+        seed: Equal seeds and labels give equal splits.
+
+    Returns:
+        The training positions, then each part's, all ascending.
+
+    Raises:
+        ConfigError: The fractions leave nothing for training.
+    """
+    if sum(fractions) >= 1.0:
+        raise ConfigError(f"data: val_fraction and test_fraction sum to {sum(fractions):g}\n  allowed: below 1")
+    parts: list[list[Indices]] = [[] for _ in range(len(fractions) + 1)]
+    for number in np.unique(labels):
+        members = np.flatnonzero(labels == number)
+        total = len(members)
+        members = members[generator(seed, "split", int(number)).permutation(total)]
+        for part, share in enumerate(fractions, start=1):
+            count = min(max(round(share * total), 1), len(members) - 1)
+            parts[part].append(members[:count])
+            members = members[count:]
+        parts[0].append(members)
+    return [np.sort(np.concatenate(part)) if part else np.empty(0, np.int64) for part in parts]
+
+
+def input_size(native: int, img_size: int | None, eval_resize: float) -> tuple[int, int]:
+    """Return the side the model sees and the side that is read, in pixels.
+
+    Args:
+        native: Side to take when `img_size` is None.
+        img_size: Side the model sees.
+        eval_resize: Side that is read, as a multiple of the side the model sees.
+
+    Raises:
+        ConfigError: A side below 1, or a multiple below 1.
+    """
+    size = native if img_size is None else img_size
+    if size < 1 or not math.isfinite(eval_resize) or eval_resize < 1.0:
+        raise ConfigError(f"img_size={size}, aug.eval_resize={eval_resize}\n  allowed: both 1 or more")
+    return size, round(size * eval_resize)
+
+
+def per_channel(name: str, values: Sequence[float] | None) -> tuple[float, ...] | None:
+    """Return numbers given a channel as a tuple; None stays None.
+
+    Raises:
+        ConfigError: Something else than a list of numbers.
+    """
+    try:
+        return None if values is None else tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        raise ConfigError(f"data.{name}={values} is not a list of numbers\n  allowed: one number a channel") from None
+
+
+def measured(pixels: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation a channel of uint8 `(N, H, W, C)`, in 0..1, to 4 decimals."""
+    count = pixels[..., 0].size
+    # Exact integer sums of a histogram: no float copy of the whole set, no rounding that depends on its order.
+    tables = [np.bincount(pixels[..., c].ravel(), minlength=256) for c in range(pixels.shape[-1])]
+    levels = np.arange(256) / 255.0
+    means = [float(table @ levels) / count for table in tables]
+    stds = [float(table @ (levels - mean) ** 2 / count) ** 0.5 for table, mean in zip(tables, means, strict=True)]
+    return tuple(round(mean, 4) for mean in means), tuple(round(std, 4) for std in stds)
+
+
+def preprocessing(sizes: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Preprocess:
+    """Return the preprocessing for `sizes` = (img_size, resize, channels).
+
+    Raises:
+        ConfigError: Not one mean and one positive std a channel.
+    """
+    img_size, resize, channels = sizes
+    if len(mean) != channels or len(std) != channels or not all(value > 0 for value in std):
+        raise ConfigError(
+            f"data.mean={list(mean)}, data.std={list(std)} do not fit {channels} channel(s)\n"
+            f"  allowed: {channels} number(s) each, std above 0"
+        )
+    return Preprocess(img_size, resize, channels, mean, std)
+
+
+def checked(sets: DataSets) -> DataSets:
+    """Return `sets` if a classifier can be trained on it.
+
+    Raises:
+        DataError: An empty split, a label outside 0..K-1, or fewer than two classes.
+    """
+    if sets.num_classes < 2:
+        raise DataError(
+            f"data {sets.name}: one class ({', '.join(sets.class_names) or 'none'})\n"
+            "  a classifier needs two or more; add the folder or files of another class"
+        )
+    for split in ("train", "val", "test"):
+        source = getattr(sets, split)
+        if len(source) == 0:
+            raise DataError(
+                f"data {sets.name}: the {split} split is empty\n"
+                "  add pictures, or raise data.val_fraction / data.test_fraction"
+            )
+        wrong = np.flatnonzero((source.labels < 0) | (source.labels >= sets.num_classes))
+        if len(wrong):
+            first = int(wrong[0])
+            raise DataError(
+                f"data {sets.name}: {len(wrong)} label(s) of {split} are out of range, "
+                f"first {int(source.labels[first])} at {source.names[first]}\n"
+                f"  allowed: 0 to {sets.num_classes - 1} ({sets.num_classes} classes)"
+            )
+    return sets

@@ -1,0 +1,139 @@
+"""The training loop: one page in which every feature appears by name, in the order in which it happens."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from cvtrain.core.random import step_seed
+from cvtrain.core.types import Batch
+from cvtrain.engine.run import Metrics, TrainRun
+from cvtrain.errors import DivergedError
+from cvtrain.scheduler import Clock
+
+
+def fit(run: TrainRun) -> None:
+    """Train until the last epoch, until patience or time runs out, or until a signal asks to stop.
+
+    Raises:
+        DivergedError: The loss is not finite; the last checkpoint is from before.
+        Interrupted: SIGINT or SIGTERM; the checkpoint has been written.
+    """
+    state, options = run.state, run.options
+    started = time.monotonic() - state.seconds
+    run.display.begin(options.epochs, run.steps_per_epoch, state.step)
+    try:
+        while state.epoch < options.epochs and not run.monitor.exhausted and not _out_of_time(run):
+            run.finetune.apply(run.model, state.epoch)
+            train_epoch(run, started)
+            row = {**state.means(), "lr": _current_lr(run)}
+            check_finite(run, row["train/loss"])
+            row |= {f"val/{name}": value for name, value in evaluate(run, "val").compute().items()}
+            improved = run.monitor.update(row, state.epoch)
+            run.schedule.end_epoch(improved)
+            state.seconds = time.monotonic() - started
+            state.end_epoch(row)
+            run.tracker.scalars(row, state.step)
+            run.display.end_epoch(run, row, improved)
+            run.checkpoints.save(run, best=improved)
+            run.stop.check()
+    finally:
+        run.display.end()
+
+
+def train_epoch(run: TrainRun, started: float) -> None:
+    """Take the rest of the current epoch, one optimizer step for each `grad_accum_steps` micro-batches."""
+    state, options = run.state, run.options
+    run.model.train()
+    batches = islice(run.loader.train_batches(state.epoch, start=state.batch), run.batches_per_epoch - state.batch)
+    for micro_batches in grouped(batches, options.grad_accum_steps):
+        train_step(run, micro_batches)
+        state.batch += len(micro_batches)
+        state.seconds = time.monotonic() - started
+        run.display.step(run)
+        in_epoch = state.batch < run.batches_per_epoch
+        if in_epoch and options.save_every_steps and state.step % options.save_every_steps == 0:
+            run.checkpoints.save(run, best=False)
+        if in_epoch and run.stop.requested:
+            run.checkpoints.save(run, best=False)
+            run.stop.check()
+
+
+def train_step(run: TrainRun, micro_batches: list[Batch]) -> None:
+    """Take one optimizer step; its loss is the mean over all samples, also when the last micro-batch is short."""
+    state, options = run.state, run.options
+    torch.manual_seed(step_seed(options.seed, state.step, options.rank))  # dropout and stochastic depth
+    clock = Clock(state.step, run.steps_per_epoch, options.epochs)
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.schedule.lr(options.base_lr, clock)
+    total = sum(len(batch) for batch in micro_batches)
+    for i, batch in enumerate(micro_batches):
+        images = run.train_images(batch, state.epoch)
+        mix_key = state.step * options.grad_accum_steps + i
+        images, targets = run.augmentation.mix(images, run.task.encode(batch.targets), options.seed, mix_key, options.rank)
+        with run.precision.autocast():
+            losses = run.task.losses(run.model, images, targets)
+        if run.device.type == "cpu":  # on a GPU this would wait for the device; there the epoch's sum tells
+            check_finite(run, float(losses["loss"].detach()))
+        run.precision.backward(losses["loss"] * (len(batch) / total))
+        state.sums += torch.stack([losses["loss"].detach(), losses["acc"], torch.ones_like(losses["acc"])]).to(state.sums) * len(batch)
+    run.precision.step(run.optimizer, options.clip_grad_norm)
+    run.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.images += total
+
+
+def evaluate(run: TrainRun, split: str, model: nn.Module | None = None) -> Metrics:
+    """Measure `model`, or the run's own, on `val` or `test`."""
+    return evaluate_model(run, model or run.model, split)[0]
+
+
+@torch.inference_mode()
+def evaluate_model(run: TrainRun, model: nn.Module, split: str, full_precision: bool = False) -> tuple[Metrics, Tensor]:
+    """Return the metrics and the logits `(N, K)` float32 on the CPU, N in the split's order."""
+    was_training = model.training
+    model.eval()
+    metrics = run.task.metrics(run.device)
+    logits: list[Tensor] = []
+    for batch in islice(run.loader.eval_batches(split), run.options.limit_eval_batches):
+        with torch.autocast(run.device.type, enabled=False) if full_precision else run.precision.autocast():
+            output = model(run.eval_images(batch))
+        metrics.update(output, batch.targets)
+        logits.append(output.float())
+    model.train(was_training)
+    return metrics, torch.cat(logits).cpu()
+
+
+def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Group for accumulation: [a, b, c], 2 -> [a, b], [c]; a short last group is still one optimizer step."""
+    iterator = iter(batches)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def check_finite(run: TrainRun, loss: float) -> None:
+    """Stop before a loss that is not finite reaches the weights or a checkpoint.
+
+    Raises:
+        DivergedError: `loss` is NaN or infinite.
+    """
+    if not math.isfinite(loss):
+        state = run.state
+        raise DivergedError(
+            f"the loss became {loss} at epoch {state.epoch + 1}, step {state.step}, lr {_current_lr(run):.3g}; the last checkpoint is from before.\n"
+            "Lower optimizer.lr, set clip_grad_norm=1.0, or use precision=fp32."
+        )
+
+
+def _current_lr(run: TrainRun) -> float:
+    return float(run.optimizer.param_groups[0]["lr"])
+
+
+def _out_of_time(run: TrainRun) -> bool:
+    limit = run.options.max_seconds
+    return limit is not None and run.state.seconds >= limit

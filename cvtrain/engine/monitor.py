@@ -1,0 +1,47 @@
+"""Which epoch is the best, and when to stop waiting for a better one."""
+
+from __future__ import annotations
+
+import math
+
+
+class Monitor:
+    """Watches one metric.
+
+    Args:
+        name: Key of an epoch's row, such as `val/acc`.
+        mode: `max` or `min`.
+        patience: Epochs without improvement before the run stops; None: never.
+        min_delta: Smallest change that counts.
+    """
+
+    def __init__(self, name: str, mode: str, patience: int | None = None, min_delta: float = 0.0) -> None:
+        self.name, self.mode, self.patience, self.min_delta = name, mode, patience, min_delta
+        self.best: float | None = None
+        self.best_epoch = -1
+        self.best_row: dict[str, float] = {}
+        self.bad_epochs = 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Return whether patience has run out."""
+        return self.patience is not None and self.bad_epochs >= self.patience
+
+    def update(self, row: dict[str, float], epoch: int) -> bool:
+        """Return whether `row` is the best so far; NaN never is."""
+        value = row[self.name]
+        sign = 1.0 if self.mode == "max" else -1.0
+        improved = math.isfinite(value) and (self.best is None or sign * (value - self.best) > self.min_delta)
+        if improved:
+            self.best, self.best_epoch, self.best_row, self.bad_epochs = value, epoch, dict(row), 0
+        else:
+            self.bad_epochs += 1
+        return improved
+
+    def state(self) -> dict[str, object]:
+        """Return what a checkpoint keeps."""
+        return {"best": self.best, "best_epoch": self.best_epoch, "best_row": self.best_row, "bad_epochs": self.bad_epochs}
+
+    def load_state(self, state: dict[str, object]) -> None:
+        """Take back `state`."""
+        self.__dict__.update({key: state[key] for key in ("best", "best_epoch", "best_row", "bad_epochs")})

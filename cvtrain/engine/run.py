@@ -1,0 +1,272 @@
+"""A run is one dataclass of small parts, each built from one config group; parts get values, never the config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cvtrain.core.types import Batch, Preprocess
+
+if TYPE_CHECKING:
+    from cvtrain.engine.checkpoint import CheckpointStore
+    from cvtrain.engine.monitor import Monitor
+    from cvtrain.engine.signals import StopRequest
+
+
+class Loader(Protocol):
+    """Where batches come from; uint8 pictures already on the device."""
+
+    steps_per_epoch: int
+
+    def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield the epoch's batches in their seeded order, from batch number `start` on."""
+        ...
+
+    def eval_batches(self, split: str) -> Iterator[Batch]:
+        """Yield `val` or `test` once, in order."""
+        ...
+
+
+class Augmentation(Protocol):
+    """Turns raw training batches into what the model trains on."""
+
+    def samples(self, images: Tensor, indices: NDArray[np.int64], seed: int, epoch: int, img_size: int) -> Tensor:
+        """Map uint8 `(B, C, R, R)` to float32 `(B, C, S, S)` in 0..1."""
+        ...
+
+    def mix(self, images: Tensor, targets: Tensor, seed: int, step: int, rank: int) -> tuple[Tensor, Tensor]:
+        """Mix the samples of a batch and their `(B, K)` targets."""
+        ...
+
+
+class Metrics(Protocol):
+    """Accumulates evaluation results on the device."""
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch."""
+        ...
+
+    def compute(self) -> dict[str, float]:
+        """Return the values by name."""
+        ...
+
+
+class Task(Protocol):
+    """What the model is for."""
+
+    def encode(self, targets: Tensor) -> Tensor:
+        """Turn raw targets into what mixing and the loss work on."""
+        ...
+
+    def losses(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return the objective's terms, `loss` among them."""
+        ...
+
+    def metrics(self, device: torch.device) -> Metrics:
+        """Return an empty accumulator."""
+        ...
+
+
+class Precision(Protocol):
+    """Number formats of the step."""
+
+    def autocast(self) -> Any:  # noqa: ANN401 - any context manager
+        """Return the forward pass's context."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients."""
+        ...
+
+    def step(self, optimizer: torch.optim.Optimizer, clip_grad_norm: float | None) -> Tensor | None:
+        """Take the optimizer's step."""
+        ...
+
+    def state(self) -> dict[str, object]:
+        """Return what a checkpoint keeps."""
+        ...
+
+    def load_state(self, state: dict[str, object]) -> None:
+        """Take it back."""
+        ...
+
+
+class Schedule(Protocol):
+    """Learning rate as a function of the step."""
+
+    def lr(self, base_lr: float, clock: Any) -> float:  # noqa: ANN401 - scheduler.Clock, a sibling's type
+        """Return the rate of the step about to be taken."""
+        ...
+
+    def end_epoch(self, improved: bool) -> None:
+        """Hear the epoch's result."""
+        ...
+
+    def state(self) -> dict[str, float]:
+        """Return what a checkpoint keeps."""
+        ...
+
+    def load_state(self, state: dict[str, float]) -> None:
+        """Take it back."""
+        ...
+
+
+class Finetune(Protocol):
+    """Which parameters train."""
+
+    def apply(self, model: nn.Module, epoch: int) -> bool:
+        """Set `requires_grad` for `epoch`; return whether anything changed."""
+        ...
+
+
+class Tracker(Protocol):
+    """Where numbers and pictures go."""
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Log values by name."""
+        ...
+
+    def pictures(self, name: str, images: Tensor, step: int) -> None:
+        """Log float `(B, C, H, W)` pictures in 0..1."""
+        ...
+
+    def figure(self, name: str, png: NDArray[np.uint8], step: int) -> None:
+        """Log one `(H, W, 3)` picture."""
+        ...
+
+    def hparams(self, config: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Log the run's settings beside its results."""
+        ...
+
+    def flush(self) -> None:
+        """Bring everything to the disk."""
+        ...
+
+    def close(self) -> None:
+        """Finish."""
+        ...
+
+
+class Display(Protocol):
+    """What the user watches."""
+
+    def begin(self, epochs: int, steps_per_epoch: int, step: int) -> None:
+        """Training starts, or goes on at `step`."""
+        ...
+
+    def step(self, run: TrainRun) -> None:
+        """A step was taken."""
+        ...
+
+    def end_epoch(self, run: TrainRun, row: dict[str, float], improved: bool) -> None:
+        """An epoch was evaluated."""
+        ...
+
+    def end(self) -> None:
+        """Training is over, for whatever reason."""
+        ...
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while training, besides tensors owned by the model and the optimizer.
+
+    Attributes:
+        epoch: Epochs finished.
+        step: Optimizer steps taken.
+        batch: Micro-batches taken in the current epoch; a resume starts there.
+        sums: `(3,)` float64 on the device: Σ loss·n, Σ acc·n and Σ n of the current epoch.
+        history: One row of metrics an epoch, what results.csv shows.
+        seconds: Time spent training, earlier parts of a resumed run included.
+        images: Pictures trained on, each as often as it was seen.
+    """
+
+    sums: Tensor
+    epoch: int = 0
+    step: int = 0
+    batch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    images: int = 0
+
+    def end_epoch(self, row: dict[str, float]) -> None:
+        """Move on to the next epoch."""
+        self.history.append(row)
+        self.epoch += 1
+        self.batch = 0
+        self.sums.zero_()
+
+    def means(self) -> dict[str, float]:
+        """Return the running means of the epoch; copies to the host."""
+        loss, acc, count = self.sums.tolist()
+        return {"train/loss": loss / max(count, 1.0), "train/acc": acc / max(count, 1.0)}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Plain settings of the loop; names and units as in configs/train.yaml."""
+
+    epochs: int
+    seed: int
+    base_lr: float
+    grad_accum_steps: int = 1
+    clip_grad_norm: float | None = None
+    channels_last: bool = True
+    save_every_steps: int | None = None
+    limit_train_batches: int | None = None
+    limit_eval_batches: int | None = None
+    max_seconds: float | None = None
+    rank: int = 0
+
+
+@dataclass
+class TrainRun:
+    """All parts of a training run."""
+
+    options: TrainOptions
+    device: torch.device
+    model: nn.Module
+    preprocess: Preprocess
+    loader: Loader
+    augmentation: Augmentation
+    task: Task
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    precision: Precision
+    finetune: Finetune
+    monitor: Monitor
+    checkpoints: CheckpointStore
+    tracker: Tracker
+    display: Display
+    stop: StopRequest
+    state: TrainState
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Return micro-batches in an epoch."""
+        limit = self.options.limit_train_batches
+        return self.loader.steps_per_epoch if limit is None else min(limit, self.loader.steps_per_epoch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return optimizer steps in an epoch."""
+        return -(-self.batches_per_epoch // self.options.grad_accum_steps)
+
+    def train_images(self, batch: Batch, epoch: int) -> Tensor:
+        """Augment and normalise a raw batch; float32 `(B, C, S, S)` in the run's memory format."""
+        images = self.augmentation.samples(batch.images, batch.indices, self.options.seed, epoch, self.preprocess.img_size)
+        return self.in_memory_format(self.preprocess.normalize(images))
+
+    def eval_images(self, batch: Batch) -> Tensor:
+        """Crop and normalise a raw batch; never augmented."""
+        return self.in_memory_format(self.preprocess(batch.images))
+
+    def in_memory_format(self, images: Tensor) -> Tensor:
+        """Lay images out as the convolutions want them."""
+        return images.contiguous(memory_format=torch.channels_last) if self.options.channels_last else images.contiguous()

@@ -1,0 +1,35 @@
+"""Export to plain weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from cvtrain.core.artifact import TORCH, Artifact
+from cvtrain.core.complexity import count_macs, count_params
+from cvtrain.core.weights import save_weights
+
+
+class Safetensors:
+    """Write the weights without pickle, with class names and preprocessing in the header."""
+
+    def export(self, model: nn.Module, example: Tensor, folder: Path, metadata: Mapping[str, str]) -> Artifact:
+        """Write `model.safetensors`; tensors that share memory are written once each, so loading needs no care.
+
+        Args:
+            model: Any device, mode and memory format; never changed.
+            example: `(1, C, H, W)` float32 normalised input, to count the multiply-accumulates.
+            folder: Where the file goes; exists.
+            metadata: Text for the file's header.
+
+        Returns:
+            The file, with `model` as the module to load it into.
+
+        Raises:
+            StorageError: The disk is full or read-only.
+        """
+        path = folder / "model.safetensors"
+        save_weights(model, path, dict(metadata))
+        return Artifact("fp32", path, TORCH, count_params(model), count_macs(model, example), model=model)

@@ -1,0 +1,5 @@
+"""Losses; the `loss` group."""
+
+from cvtrain.loss.cross_entropy import CrossEntropy
+
+__all__ = ["CrossEntropy"]

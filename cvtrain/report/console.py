@@ -1,0 +1,150 @@
+"""The live display of a training run, and the tables at its end."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+REFRESH_SECONDS = 0.25
+
+
+def make_console(json_output: bool) -> Console:
+    """Return the console for people: standard output, or standard error when that belongs to JSON."""
+    console = Console(stderr=json_output, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(stderr=json_output, highlight=False, soft_wrap=True, width=160)
+    return console
+
+
+class ConsoleHandler(logging.Handler):
+    """Shows log lines above the live bar; notes dim, warnings yellow."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        style = "yellow" if record.levelno >= logging.WARNING else "dim"
+        self.console.print(record.getMessage(), style=style, markup=False)
+
+
+def attach_log(console: Console) -> None:
+    """Show the `cvtrain` logger on `console`, once, whatever Hydra does with the root logger."""
+    logger = logging.getLogger("cvtrain")
+    logger.setLevel(logging.INFO)
+    for handler in [h for h in logger.handlers if isinstance(h, ConsoleHandler)]:
+        logger.removeHandler(handler)
+    logger.addHandler(ConsoleHandler(console))
+
+
+class Progressing:
+    """Live bar with loss, accuracy, learning rate, images/s and the time left; one line an epoch stays."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._shown_at = 0.0
+        self._epoch_began = (0.0, 0)
+
+    def begin(self, epochs: int, steps_per_epoch: int, step: int) -> None:
+        """Start the bar."""
+        self.console.print(f"[bold]{'epoch':>7} {'train loss':>10} {'acc':>7} {'val loss':>9} {'acc':>7} {'lr':>9} {'images/s':>9}[/bold]")
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(compact=True), TextColumn("left"),
+            console=self.console, transient=True, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task("warming up", total=epochs * steps_per_epoch, completed=step)
+        self._progress.start()
+
+    def step(self, run: Any) -> None:  # noqa: ANN401 - engine.TrainRun, a sibling's type
+        """Refresh a few times a second; only then are the numbers copied from the device."""
+        now = time.monotonic()
+        if not self._epoch_began[0]:
+            self._epoch_began = (now, run.state.images)
+        if self._progress is None or not self.console.is_terminal or now - self._shown_at < REFRESH_SECONDS:
+            return
+        self._shown_at = now
+        means, lr = run.state.means(), run.optimizer.param_groups[0]["lr"]
+        text = f"epoch {run.state.epoch + 1}/{run.options.epochs}  loss {means['train/loss']:.3f}  acc {means['train/acc']:.3f}  lr {lr:.2e}  {self._rate(run):,.0f} images/s"
+        self._progress.update(self._task, completed=run.state.step, description=text)
+
+    def end_epoch(self, run: Any, row: dict[str, float], improved: bool) -> None:  # noqa: ANN401
+        """Print the epoch's line."""
+        mark = "[green]  best[/green]" if improved else ""
+        self.console.print(
+            f"{run.state.epoch:>3}/{run.options.epochs:<3} {row['train/loss']:>10.4f} {row['train/acc']:>7.4f}"
+            f" {row['val/loss']:>9.4f} {row['val/acc']:>7.4f} {row['lr']:>9.2e} {self._rate(run):>9,.0f}{mark}"
+        )
+        self._epoch_began = (time.monotonic(), run.state.images)
+
+    def _rate(self, run: Any) -> float:  # noqa: ANN401
+        began, images = self._epoch_began
+        return (run.state.images - images) / max(1e-9, time.monotonic() - began)
+
+    def end(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def artifacts_table(rows: Sequence[Any], classes: int, test_size: int, threads: int) -> Table:
+    """Return the proof as a table; `rows` are evaluation.ProofRow."""
+    table = Table(
+        title=f"Artifacts, each run by its own runtime on the {test_size} test pictures (latency: batch 1, {threads} CPU thread{'s' * (threads > 1)})",
+        title_justify="left", title_style="bold", header_style="bold",
+    )  # fmt: skip
+    for name in ("artifact", "runtime"):
+        table.add_column(name)
+    for name in ("accuracy", "Δ to fp32 [95 %]", "agreement", "size", "latency p50", "p95"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        delta = f"{100 * row.delta:+.2f} [{100 * row.delta_low:+.2f}, {100 * row.delta_high:+.2f}]" if row is not rows[0] else "–"
+        table.add_row(
+            row.artifact, row.runtime, f"{100 * row.accuracy:.2f} %", delta, f"{100 * row.agreement:.2f} %",
+            human_bytes(row.bytes), f"{row.latency_ms_p50:.2f} ms", f"{row.latency_ms_p95:.2f} ms",
+        )  # fmt: skip
+    notes = [f"{row.artifact}: {row.note}" for row in rows if row.note]
+    table.caption = "\n".join(notes)
+    table.caption_justify = "left"
+    return table
+
+
+def human_bytes(size: int) -> str:
+    """Return a size in decimal units: 12.3 kB, 45.6 MB."""
+    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+
+
+def sweep_table(jobs: Sequence[dict[str, Any]]) -> Table:
+    """Return one row for each job of a multirun: overrides, outcome, metrics, folder."""
+    table = Table(title="Jobs", title_justify="left", title_style="bold", header_style="bold")
+    table.add_column("#", justify="right")
+    table.add_column("job")
+    for name in ("status", "val/acc", "test/acc", "seconds"):
+        table.add_column(name, justify="right")
+    table.add_column("folder")
+    for i, job in enumerate(jobs):
+        metrics = job.get("metrics", {})
+        good = job["exit_code"] == 0
+        table.add_row(
+            str(i), job["name"], "[green]done[/green]" if good else f"[red]failed ({job['exit_code']})[/red]",
+            *(f"{metrics[key]:.4f}" if key in metrics else "–" for key in ("val/acc", "test/acc")),
+            f"{job['seconds']:.1f}" if job.get("seconds") is not None else "skipped", job["folder"],
+        )  # fmt: skip
+    return table
+
+
+def print_error(message: str) -> None:
+    """Print a user's mistake on standard error: one to three lines, no traceback."""
+    sys.stderr.write(f"cvtrain: {message}\n")
+    sys.stderr.flush()

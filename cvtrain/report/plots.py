@@ -1,0 +1,112 @@
+"""Pictures: training curves, confusion matrix, a labelled batch, artifacts."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cvtrain.core.files import write_atomic
+
+mpl.use("Agg")
+from matplotlib.figure import Figure  # noqa: E402 - after the backend is set
+
+INK, TRAIN, VAL = "#1b1f24", "#2a6fdb", "#e07b00"
+
+
+def _save(figure: Figure, path: Path) -> NDArray[np.uint8]:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    write_atomic(path, buffer.getvalue())
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(buffer.getvalue())).convert("RGB"))
+
+
+def curves(history: Sequence[dict[str, float]], path: Path) -> NDArray[np.uint8]:
+    """Draw loss, accuracy and learning rate against the epoch; return the picture `(H, W, 3)`."""
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+    epochs = np.arange(1, len(history) + 1)
+    for axis, name in zip(axes[:2], ("loss", "acc"), strict=True):
+        for split, colour in (("train", TRAIN), ("val", VAL)):
+            axis.plot(epochs, [row[f"{split}/{name}"] for row in history], color=colour, label=split, lw=1.8)
+        axis.set_title("loss" if name == "loss" else "accuracy")
+        axis.legend(frameon=False)
+    axes[2].plot(epochs, [row["lr"] for row in history], color=INK, lw=1.8)
+    axes[2].set_title("learning rate")
+    for axis in axes:
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
+
+
+def confusion(matrix: NDArray[np.int64], names: Sequence[str], path: Path, normalize: bool) -> NDArray[np.uint8]:
+    """Draw a confusion matrix `(K, K)`, rows true classes; return the picture `(H, W, 3)`."""
+    values = matrix / np.maximum(matrix.sum(1, keepdims=True), 1) if normalize else matrix
+    k = len(names)
+    side = min(14.0, 3.2 + 0.42 * k)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(values, cmap="Blues", vmin=0)
+    figure.colorbar(image, ax=axis, fraction=0.045)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    if k <= 40:
+        axis.set_xticks(range(k), names, rotation=90 if max(map(len, names)) > 2 else 0)
+        axis.set_yticks(range(k), names)
+    if k <= 20:
+        threshold = values.max() / 2
+        for i, j in zip(*np.nonzero(matrix), strict=True):
+            text = f"{values[i, j]:.2f}" if normalize else str(matrix[i, j])
+            axis.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if values[i, j] > threshold else INK)
+    axis.set_title(f"{int(matrix.sum())} test pictures, {int(np.trace(matrix))} right")
+    return _save(figure, path)
+
+
+def batch(images: Tensor, captions: Sequence[str], path: Path) -> None:
+    """Draw up to 32 float pictures `(B, C, H, W)` in 0..1 with a caption each."""
+    count = min(32, len(images))
+    columns = 8
+    rows = -(-count // columns)
+    figure = Figure(figsize=(columns * 1.35, rows * 1.6), layout="constrained")
+    axes = np.atleast_2d(figure.subplots(rows, columns))
+    for axis in axes.flat:
+        axis.axis("off")
+    for i in range(count):
+        picture = images[i].detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
+        picture = picture[..., :3] if picture.shape[2] >= 3 else picture[..., 0]
+        axis = axes.flat[i]
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(captions[i], fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="jpg" if path.suffix == ".jpg" else "png", dpi=110)
+    write_atomic(path, buffer.getvalue())
+
+
+def artifacts(rows: Sequence[Any], path: Path) -> None:
+    """Draw accuracy against latency, the area of a mark being the file's size; `rows` are evaluation.ProofRow."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    largest = max(row.bytes for row in rows)
+    for row in rows:
+        error = [[100 * (row.delta - row.delta_low)], [100 * (row.delta_high - row.delta)]]
+        axis.errorbar(row.latency_ms_p50, 100 * row.accuracy, yerr=error, color=INK, alpha=0.35, capsize=3)
+        axis.scatter(row.latency_ms_p50, 100 * row.accuracy, s=60 + 500 * row.bytes / largest, alpha=0.75)
+        axis.annotate(
+            f"{row.artifact}\n{row.bytes / 1e6:.2f} MB", (row.latency_ms_p50, 100 * row.accuracy), xytext=(12, 6), textcoords="offset points", fontsize=8
+        )
+    axis.margins(0.25)
+    axis.set_xlabel("latency at batch 1, p50 [ms]")
+    axis.set_ylabel("test accuracy [%]")
+    axis.set_title("Size (area), latency and accuracy of each artifact; bars: 95 % of the difference to fp32", fontsize=9)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)

@@ -1,0 +1,276 @@
+"""What every key of a config may hold, and which values contradict each other; torch-free.
+
+The YAML files hold names and defaults; this file holds types and ranges, by the key's own name, since a name means
+the same wherever it stands. All errors of a config are reported at once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cvtrain.errors import ConfigError, did_you_mean
+
+METRICS = {
+    "val/acc": "max",
+    "val/balanced_acc": "max",
+    "val/f1": "max",
+    "val/loss": "min",
+    "val/top5": "max",
+    "train/acc": "max",
+    "train/loss": "min",
+}
+"""Metrics that can be monitored, and whether more or less is better."""
+
+DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one key may hold.
+
+    Attributes:
+        kind: `int`, `float`, `bool`, `str`, `list` (of `item`).
+        low: Smallest value; `above` excludes it.
+        high: Largest value; `below` excludes it.
+        above: Whether `low` itself is excluded.
+        below: Whether `high` itself is excluded.
+        choices: The only values allowed.
+        optional: Whether null is allowed.
+        item: Rule of a list's items.
+        also: Values allowed besides, such as `auto`.
+    """
+
+    kind: str
+    low: float | None = None
+    high: float | None = None
+    above: bool = False
+    below: bool = False
+    choices: Sequence[str] | None = None
+    optional: bool = False
+    item: Rule | None = None
+    also: Sequence[Any] = ()
+
+    def expected(self) -> str:
+        """Return in words what is allowed."""
+        words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}[self.kind]
+        if self.choices is not None:
+            words = "one of " + ", ".join(self.choices)
+        if self.low is not None:
+            words += f" {'above' if self.above else 'of at least'} {self.low:g}"
+        if self.high is not None:
+            words += f"{' and' if self.low is not None else ''} {'below' if self.below else 'at most'} {self.high:g}"
+        if self.item is not None:
+            words += f" of items that are {self.item.expected()}"
+        extra = [str(value) for value in self.also] + (["null"] if self.optional else [])
+        return words + (f", or {' or '.join(extra)}" if extra else "")
+
+    def accepts(self, value: Any) -> bool:  # noqa: ANN401 - any plain value
+        """Return whether `value` is allowed."""
+        if value is None:
+            return self.optional
+        if value in self.also and isinstance(value, (str, bool)):
+            return True
+        if self.kind == "list":
+            return isinstance(value, list) and (self.item is None or all(self.item.accepts(v) for v in value))
+        if self.kind == "bool":
+            return isinstance(value, bool)
+        if self.kind == "str":
+            return isinstance(value, (str, int, float)) and (self.choices is None or value in self.choices)
+        if isinstance(value, bool) or not isinstance(value, int if self.kind == "int" else (int, float)):
+            return False
+        return self._in_range(float(value))
+
+    def _in_range(self, value: float) -> bool:
+        if not math.isfinite(value):
+            return False
+        if self.low is not None and (value <= self.low if self.above else value < self.low):
+            return False
+        return self.high is None or (value < self.high if self.below else value <= self.high)
+
+
+COUNT = Rule("int", low=1)
+COUNT_OR_NULL = Rule("int", low=1, optional=True)
+WHOLE = Rule("int", low=0)
+SHARE = Rule("float", low=0, high=1)
+SHARE_BELOW_1 = Rule("float", low=0, high=1, below=True)
+NOT_NEGATIVE = Rule("float", low=0)
+POSITIVE = Rule("float", low=0, above=True)
+FLAG = Rule("bool")
+TEXT = Rule("str")
+TEXT_OR_NULL = Rule("str", optional=True)
+PAIR = Rule("list", item=Rule("float"))
+
+RULES: dict[str, Rule] = {
+    # the run
+    "name": TEXT_OR_NULL,
+    "output_dir": TEXT,
+    "epochs": COUNT,
+    "batch_size": COUNT,
+    "grad_accum_steps": COUNT,
+    "clip_grad_norm": Rule("float", low=0, above=True, optional=True),
+    "img_size": COUNT_OR_NULL,
+    "seed": WHOLE,
+    "device": TEXT,
+    "channels_last": FLAG,
+    "threads": COUNT_OR_NULL,
+    "loader": Rule("str", choices=("auto", "device", "host")),
+    "workers": WHOLE,
+    "monitor": Rule("str", choices=tuple(METRICS)),
+    "mode": Rule("str", choices=("auto", "max", "min")),
+    "patience": COUNT_OR_NULL,
+    "min_delta": NOT_NEGATIVE,
+    "max_time": TEXT_OR_NULL,
+    "save_every_steps": COUNT_OR_NULL,
+    "limit_train_batches": COUNT_OR_NULL,
+    "limit_eval_batches": COUNT_OR_NULL,
+    "resume": TEXT,
+    "trusted": Rule("list", item=TEXT),
+    "json": FLAG,
+    # model
+    "widths": Rule("list", item=COUNT),
+    "small_stem": Rule("bool", also=("auto",)),
+    # data
+    "root": TEXT_OR_NULL,
+    "download": FLAG,
+    "val_fraction": Rule("float", low=0, high=1, above=True, below=True),
+    "test_fraction": Rule("float", low=0, high=1, above=True, below=True),
+    "split_seed": WHOLE,
+    "mean": Rule("list", item=Rule("float"), optional=True),
+    "std": Rule("list", item=POSITIVE, optional=True),
+    "channels": Rule("int", low=1),
+    "on_error": Rule("str", choices=("fail", "skip")),
+    "max_bad": SHARE,
+    "cache_mb": WHOLE,
+    "max_pixels": COUNT,
+    # augmentation
+    "prob": SHARE,
+    "padding": WHOLE,
+    "degrees": NOT_NEGATIVE,
+    "translate": SHARE,
+    "scale": PAIR,
+    "ratio": PAIR,
+    "brightness": NOT_NEGATIVE,
+    "contrast": NOT_NEGATIVE,
+    "saturation": NOT_NEGATIVE,
+    "hue": Rule("float", low=0, high=0.5),
+    "eval_resize": Rule("float", low=1),
+    "alpha": NOT_NEGATIVE,
+    "mixup_alpha": NOT_NEGATIVE,
+    "cutmix_alpha": NOT_NEGATIVE,
+    "switch_prob": SHARE,
+    # regularizer, optimizer, scheduler, precision
+    "label_smoothing": SHARE_BELOW_1,
+    "drop_prob": SHARE_BELOW_1,
+    "lr": POSITIVE,
+    "momentum": SHARE_BELOW_1,
+    "nesterov": FLAG,
+    "betas": Rule("list", item=SHARE_BELOW_1),
+    "weight_decay": NOT_NEGATIVE,
+    "fused": FLAG,
+    "warmup_epochs": NOT_NEGATIVE,
+    "step_epochs": COUNT,
+    "gamma": Rule("float", low=0, high=1, above=True),
+    "min_lr": NOT_NEGATIVE,
+    "plateau_epochs": WHOLE,
+    "pct_start": Rule("float", low=0, high=1, above=True, below=True),
+    "div_factor": POSITIVE,
+    "final_div_factor": POSITIVE,
+    "probe": FLAG,
+    # compression, export, logger
+    "sparsity": Rule("float", low=0, high=1, above=True, below=True),
+    "importance": Rule("str", choices=("l1", "random")),
+    "global_pruning": FLAG,
+    "finetune_epochs": WHOLE,
+    "calibration_samples": COUNT,
+    "method": Rule("str", choices=("minmax", "entropy", "percentile")),
+    "per_channel": FLAG,
+    "reduce_range": FLAG,
+    "opset": Rule("int", low=18),
+    "dynamic": FLAG,
+    "images": COUNT,
+    # predict and the verbs on a finished run
+    "run": TEXT_OR_NULL,
+    "weights": TEXT_OR_NULL,
+    "source": Rule("str", optional=True),
+    "topk": COUNT,
+    "output": TEXT_OR_NULL,
+    "split": Rule("str", choices=("val", "test")),
+}
+
+
+def validate(config: dict[str, Any], trusted: Sequence[str] = ()) -> None:
+    """Check every value of a composed and resolved config, then what contradicts what.
+
+    Args:
+        config: Plain dictionaries and lists, without `hydra`.
+        trusted: The user's own packages; what stands below their `_target_` is theirs to check.
+
+    Raises:
+        ConfigError: All findings, one a line.
+    """
+    errors = list(_value_errors(config, trusted))
+    if not errors:
+        errors = list(_contradictions(config))
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+
+def seconds(duration: str) -> float:
+    """Turn `90s`, `30m`, `2h` or `1h30m` into seconds; raise ValueError for anything else."""
+    parts = DURATION.findall(duration)
+    if not parts or "".join(number + unit for number, unit in parts) != duration:
+        raise ValueError(duration)
+    return sum(float(number) * {"s": 1, "m": 60, "h": 3600}[unit] for number, unit in parts)
+
+
+def _value_errors(node: dict[str, Any], trusted: Sequence[str], prefix: str = "") -> Iterator[str]:
+    target = node.get("_target_")
+    if isinstance(target, str) and target.split(".")[0] in trusted:
+        return
+    for key, value in node.items():
+        path = f"{prefix}{key}"
+        if key in ("_target_", "_partial_", "_recursive_", "_convert_"):
+            continue
+        if isinstance(value, dict):
+            yield from _value_errors(value, trusted, f"{path}.")
+        elif value is None and path.startswith(("data.aug_overrides.", "aug.sample.", "aug.batch.")):
+            continue  # null leaves an operation out
+        elif key not in RULES:
+            yield f"unknown key {path}={value}; {did_you_mean(key, RULES, 'keys')}"
+        elif not RULES[key].accepts(value):
+            rule = RULES[key]
+            hint = f"; {did_you_mean(str(value), rule.choices)}" if rule.choices else f"; expected {rule.expected()}"
+            yield f"{path}={_shown(value)} is not allowed{hint}"
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401 - any plain value
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _contradictions(config: dict[str, Any]) -> Iterator[str]:
+    if "epochs" not in config:
+        return
+    optimizer, scheduler = config["optimizer"], config["scheduler"]
+    if optimizer.get("nesterov") and not optimizer.get("momentum"):
+        yield "optimizer.nesterov=true needs optimizer.momentum above 0: set optimizer.momentum=0.9 or optimizer.nesterov=false"
+    if scheduler.get("min_lr", 0) > optimizer.get("lr", math.inf):
+        yield f"scheduler.min_lr={scheduler['min_lr']} is above optimizer.lr={optimizer['lr']}: lower scheduler.min_lr"
+    if scheduler.get("warmup_epochs", 0) >= config["epochs"] and scheduler.get("warmup_epochs", 0) > 0:
+        yield f"scheduler.warmup_epochs={scheduler['warmup_epochs']} leaves nothing of epochs={config['epochs']}: lower it, or raise epochs"
+    if config["precision"].get("_target_", "").endswith(".Fp16") and config["device"] == "cpu":
+        yield "precision=fp16 and device=cpu: a CPU has no fast float16; use precision=amp or precision=fp32"
+    steps = list(config["compression"])
+    if "ptq_static" in steps[:-1]:
+        yield f"compression=[{','.join(steps)}]: ptq_static leaves PyTorch, so it must come last: compression=[{','.join([s for s in steps if s != 'ptq_static'] + ['ptq_static'])}]"
+    if config["max_time"] is not None:
+        try:
+            seconds(str(config["max_time"]))
+        except ValueError:
+            yield f"max_time={config['max_time']} is not a duration; write 90s, 30m, 2h or 1h30m"
+    fractions = [config["data"].get(key) or 0 for key in ("val_fraction", "test_fraction")]
+    if sum(fractions) >= 1:
+        yield f"data.val_fraction={fractions[0]} and data.test_fraction={fractions[1]} leave nothing to train on; keep their sum below 1"
