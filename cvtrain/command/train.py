@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import logging
 import platform
@@ -16,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -186,14 +186,19 @@ def prove_artifacts(builder: Builder, run: TrainRun, sets: DataSets, folder: Pat
 
     model = run.model.cpu().to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
     example = torch.zeros(1, sets.preprocess.channels, sets.preprocess.img_size, sets.preprocess.img_size)
-    reference = Artifact("fp32", folder / "weights" / "model.safetensors", TORCH, count_params(model), count_macs(model, example), model=model)
+    deployed = folder / "weights" / "model.safetensors"
+    reference = Artifact("fp32", deployed, TORCH, count_params(model), count_macs(model, example), model=model)
     artifacts: list[Artifact] = []
     exporters, steps = builder.build_each("export"), builder.build_each("compression")
     if exporters:
         (folder / "export").mkdir(exist_ok=True)
         for name, exporter in exporters.items():
             log.info("export: %s", name)
-            artifacts.append(exporter.export(model, example, folder / "export", metadata))
+            artifact = exporter.export(model, example, folder / "export", metadata)
+            if artifact.runtime == TORCH:  # the same weights again: one row, of the file that is meant to be given away
+                reference = dataclasses.replace(reference, path=artifact.path)
+            else:
+                artifacts.append(artifact)
         write_preprocess(folder / "export", metadata)
     if steps:
         (folder / "compressed").mkdir(exist_ok=True)
@@ -201,7 +206,7 @@ def prove_artifacts(builder: Builder, run: TrainRun, sets: DataSets, folder: Pat
         context = CompressionContext(
             folder=folder / "compressed",
             example=example,
-            calibration=lambda: _normalised(run, "train"),
+            calibration=lambda: _calibration(run),
             finetune=lambda candidate, epochs: finetune(builder, run, candidate, epochs),
             save_weights=lambda candidate, path: weights.save_weights(candidate, path, metadata),
             export_onnx=lambda candidate, path: export_onnx(candidate, example, path, metadata),
@@ -209,7 +214,7 @@ def prove_artifacts(builder: Builder, run: TrainRun, sets: DataSets, folder: Pat
         artifacts += run_steps(steps, model, context)
     limit = run.options.limit_eval_batches
     rows = prove(
-        reference, [a for a in artifacts if a.name != "fp32"], lambda: _labelled(run, limit), example,
+        reference, artifacts, lambda: _labelled(run, limit), example,
         threads=torch.get_num_threads(), run_folder=folder,
     )  # fmt: skip
     write_artifacts_csv(rows, folder / "artifacts.csv")
@@ -217,8 +222,8 @@ def prove_artifacts(builder: Builder, run: TrainRun, sets: DataSets, folder: Pat
     return rows
 
 
-def _normalised(run: TrainRun, split: str) -> Iterator[Tensor]:
-    for batch in run.loader.eval_batches(split):
+def _calibration(run: TrainRun) -> Iterator[Tensor]:
+    for batch in run.loader.train_batches(0):  # in the seeded order: a folder's own order is class by class
         yield run.preprocess(batch.images).cpu()
 
 
@@ -264,7 +269,7 @@ def _describe(folder: Path, config: dict[str, Any], choices: dict[str, str], set
             "config_hash": runs.config_hash(config),
             "command": sys.argv,
             "choices": choices,
-            "versions": {"cvtrain": __version__, "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__},
+            "versions": {"cvtrain": __version__, "python": platform.python_version(), "torch": torch.__version__, "torchvision": importlib.metadata.version("torchvision")},
             "hardware": {
                 "machine": platform.machine(),
                 "cpu": platform.processor(),

@@ -159,7 +159,7 @@ class Loader:
             try:
                 read = next(iterator)
             except (RuntimeError, ConnectionError, EOFError) as error:
-                if workers == 0 or (isinstance(error, RuntimeError) and "worker" not in str(error)):
+                if workers == 0 or (isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker")):
                     raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise WorkerError(

@@ -34,13 +34,13 @@ def fit(run: TrainRun) -> None:
             row = {**state.means(), "lr": _current_lr(run)}
             check_finite(run, row["train/loss"])
             row |= {f"val/{name}": value for name, value in evaluate(run, "val").compute().items()}
-            improved = run.monitor.update(row, state.epoch)
-            run.schedule.end_epoch(improved)
+            is_best = run.monitor.update(row, state.epoch)
+            run.schedule.end_epoch(improved=run.monitor.bad_epochs == 0)
             state.seconds = time.monotonic() - started
             state.end_epoch(row)
             run.tracker.scalars(row, state.step)
-            run.display.end_epoch(run, row, improved)
-            run.checkpoints.save(run, best=improved)
+            run.display.end_epoch(run, row, is_best)
+            run.checkpoints.save(run, best=is_best)
             run.stop.check()
     finally:
         run.display.end()

@@ -28,15 +28,18 @@ class Monitor:
         return self.patience is not None and self.bad_epochs >= self.patience
 
     def update(self, row: dict[str, float], epoch: int) -> bool:
-        """Return whether `row` is the best so far; NaN never is."""
+        """Return whether `row` is the best so far; NaN never is.
+
+        Of equal epochs the later one is the best, since it has trained longer; patience waits for a real improvement.
+        """
         value = row[self.name]
         sign = 1.0 if self.mode == "max" else -1.0
-        improved = math.isfinite(value) and (self.best is None or sign * (value - self.best) > self.min_delta)
-        if improved:
-            self.best, self.best_epoch, self.best_row, self.bad_epochs = value, epoch, dict(row), 0
-        else:
-            self.bad_epochs += 1
-        return improved
+        gain = math.inf if self.best is None else sign * (value - self.best)
+        is_best = math.isfinite(value) and gain >= 0
+        self.bad_epochs = 0 if is_best and gain > self.min_delta else self.bad_epochs + 1
+        if is_best:
+            self.best, self.best_epoch, self.best_row = value, epoch, dict(row)
+        return is_best
 
     def state(self) -> dict[str, object]:
         """Return what a checkpoint keeps."""

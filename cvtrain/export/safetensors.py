@@ -32,4 +32,4 @@ class Safetensors:
         """
         path = folder / "model.safetensors"
         save_weights(model, path, dict(metadata))
-        return Artifact("fp32", path, TORCH, count_params(model), count_macs(model, example), model=model)
+        return Artifact("safetensors", path, TORCH, count_params(model), count_macs(model, example), model=model)

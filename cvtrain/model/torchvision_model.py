@@ -6,7 +6,6 @@ import logging
 
 import torch
 from torch import nn
-from torchvision import models
 
 from cvtrain.errors import ConfigError, did_you_mean
 from cvtrain.core.anatomy import first_convolution, replace_module, stem_pool
@@ -35,6 +34,8 @@ def torchvision_model(
     Raises:
         ConfigError: Unknown name, or a picture too small for this network.
     """
+    from torchvision import models  # two seconds that other networks need not wait for
+
     names = models.list_models(module=models)
     if name not in names:
         raise ConfigError(f"model.name={name} is not a torchvision classifier; {did_you_mean(name, names, 'some names')}")

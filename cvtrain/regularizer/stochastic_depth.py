@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
-from torchvision.ops import stochastic_depth
 
 from cvtrain.errors import ConfigError
 from cvtrain.core.anatomy import residual_branches
@@ -23,6 +21,8 @@ class DropBranch:
 
     def __call__(self, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         """Return `output` with whole samples zeroed with `drop_prob` and the others scaled by 1/(1-drop_prob)."""
+        from torchvision.ops import stochastic_depth
+
         result: Tensor = stochastic_depth(output, self.drop_prob, "row", training=module.training)
         return result
 
@@ -45,6 +45,8 @@ class StochasticDepth(Regularizer):
         Raises:
             ConfigError: The model has no residual branches.
         """
+        from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
+
         own = [m for m in model.modules() if isinstance(m, TorchvisionStochasticDepth)]
         if own:
             for i, module in enumerate(own):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -126,25 +126,33 @@ def human_bytes(size: int) -> str:
 
 
 def sweep_table(jobs: Sequence[dict[str, Any]]) -> Table:
-    """Return one row for each job of a multirun: overrides, outcome, metrics, folder."""
+    """Return one row for each job of a multirun: overrides, outcome, metrics; below it mean ± std over the seeds."""
     table = Table(title="Jobs", title_justify="left", title_style="bold", header_style="bold")
     table.add_column("#", justify="right")
     table.add_column("job")
     for name in ("status", "val/acc", "test/acc", "seconds"):
         table.add_column(name, justify="right")
-    table.add_column("folder")
     for i, job in enumerate(jobs):
         metrics = job.get("metrics", {})
         good = job["exit_code"] == 0
         table.add_row(
             str(i), job["name"], "[green]done[/green]" if good else f"[red]failed ({job['exit_code']})[/red]",
             *(f"{metrics[key]:.4f}" if key in metrics else "–" for key in ("val/acc", "test/acc")),
-            f"{job['seconds']:.1f}" if job.get("seconds") is not None else "skipped", job["folder"],
+            f"{job['seconds']:.1f}" if job.get("seconds") is not None else "skipped",
         )  # fmt: skip
+    table.caption = "\n".join(_over_seeds(jobs))
+    table.caption_justify = "left"
     return table
 
 
-def print_error(message: str) -> None:
-    """Print a user's mistake on standard error: one to three lines, no traceback."""
-    sys.stderr.write(f"cvtrain: {message}\n")
-    sys.stderr.flush()
+def _over_seeds(jobs: Sequence[dict[str, Any]]) -> list[str]:
+    groups: dict[str, list[float]] = {}
+    for job in jobs:
+        if "test/acc" in job.get("metrics", {}):
+            parts = [part for part in job["name"].split(",") if not part.startswith(("seed=", "data.split_seed="))]
+            groups.setdefault(",".join(parts) or "all", []).append(100 * job["metrics"]["test/acc"])
+    return [
+        f"{name}: test accuracy {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} % (mean ± std of {len(values)}; {min(values):.2f} to {max(values):.2f})"
+        for name, values in groups.items()
+        if len(values) > 1
+    ]

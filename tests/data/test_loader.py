@@ -44,6 +44,10 @@ def loader(data=None, **changes):
     return Loader(data or sets(), LoaderConfig(**values))
 
 
+def flat(parts):
+    return [index for part in parts for index in part]
+
+
 def indices(batches):
     return [batch.indices.tolist() for batch in batches]
 
@@ -67,9 +71,9 @@ def test_every_kind_of_loader_and_number_of_workers_gives_the_same_batches():
 def test_an_epoch_holds_every_sample_once_in_an_order_of_its_own():
     first, second = indices(loader().train_batches(0)), indices(loader().train_batches(1))
     assert [len(batch) for batch in first] == [6, 6, 6, 2]
-    assert sorted(sum(first, [])) == list(range(20))
-    assert sum(first, []) != sum(second, [])
-    assert sum(first, []) != list(range(20))
+    assert sorted(flat(first)) == list(range(20))
+    assert flat(first) != flat(second)
+    assert flat(first) != list(range(20))
     assert indices(loader(seed=1).train_batches(0)) != first
     assert indices(loader().train_batches(0)) == first
 
@@ -109,7 +113,7 @@ def test_ranks_share_each_global_batch_equally_and_without_overlap(count):
         sizes = {len(share[step]) for share in shares}
         assert len(sizes) == 1
         assert sizes.pop() >= 2
-        joined = sum((share[step] for share in shares), [])
+        joined = flat((share[step] for share in shares))
         assert joined == alone[step][: len(joined)]
 
 
@@ -120,7 +124,7 @@ def test_evaluation_sees_every_sample_once_over_all_ranks_and_in_order(world_siz
     seen = []
     for rank in range(world_size):
         made = loader(data, batch_size=24, rank=rank, world_size=world_size)
-        seen += sum(indices(made.eval_batches(split, batch_size=2)), [])
+        seen += flat(indices(made.eval_batches(split, batch_size=2)))
     assert seen == list(range(len(getattr(data, split))))
 
 
@@ -165,7 +169,7 @@ def test_a_split_that_is_not_an_array_is_read_on_the_host_even_in_device_mode():
     mixed = DataSets(data.name, data.class_names, data.preprocess, data.train, Wrapped(data.val), data.test)
     made = loader(mixed)
     assert made.mode == "device"
-    assert sum(indices(made.eval_batches("val")), []) == list(range(7))
+    assert flat(indices(made.eval_batches("val"))) == list(range(7))
 
 
 def fail_at_13(where):
@@ -202,7 +206,7 @@ def shout_at_13(where):
 
 def test_workers_survive_the_signals_that_ask_the_main_process_to_stop():
     made = loader(sets(wrap=lambda source: Wrapped(source, shout_at_13)), workers=2)
-    assert sorted(sum(indices(made.train_batches(0)), [])) == list(range(20))
+    assert sorted(flat(indices(made.train_batches(0)))) == list(range(20))
 
 
 def broken(_):

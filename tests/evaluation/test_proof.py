@@ -63,7 +63,8 @@ def run_folder(digits, tmp_path_factory):
         save_weights=lambda net, path: save_weights(net, path, {}),
         export_onnx=lambda net, path: export_onnx(net, EXAMPLE, path, {}),
     )
-    reference = Safetensors().export(model, EXAMPLE, folder / "artifacts", {})
+    weights = Safetensors().export(model, EXAMPLE, folder / "artifacts", {})
+    reference = dataclasses.replace(weights, name="fp32")
     steps = {"prune_unstructured": PruneUnstructured(0.5), "ptq_static": PtqStatic()}
     onnx = Onnx().export(model, EXAMPLE, folder / "artifacts", {})
     return folder, reference, [onnx, *run_steps(steps, model, context)]

@@ -45,7 +45,7 @@ def test_tied_and_turned_tensors_survive_and_load_strictly(tmp_path):
 def test_the_artifact_names_its_file_runtime_and_model(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 2, 8), nn.Flatten())
     artifact = Safetensors().export(model, EXAMPLE, tmp_path, {})
-    assert (artifact.name, artifact.path, artifact.runtime) == ("fp32", tmp_path / "model.safetensors", TORCH)
+    assert (artifact.name, artifact.path, artifact.runtime) == ("safetensors", tmp_path / "model.safetensors", TORCH)
     assert artifact.model is model
     assert (artifact.params, artifact.macs) == (386, 384)
 
