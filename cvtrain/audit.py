@@ -26,7 +26,9 @@ HYDRA_TARGETS = frozenset(
         "optuna.samplers.GridSampler",
     }
 )
-LOGGING_CLASSES = frozenset({"logging.StreamHandler", "logging.FileHandler", "logging.Formatter", "logging.NullHandler"})
+LOGGING_CLASSES = frozenset(
+    {"logging.StreamHandler", "logging.FileHandler", "logging.Formatter", "logging.NullHandler"}
+)
 LOGGING_STREAMS = frozenset({"ext://sys.stdout", "ext://sys.stderr"})
 
 
@@ -42,7 +44,10 @@ def audit(config: dict[str, Any], trusted: Sequence[str]) -> None:
     """
     stated = config.get("trusted") or []
     if sorted(map(str, stated)) != sorted(trusted):
-        raise ConfigError(f"trusted={list(stated)} stands in a YAML file. Give it on the command line: trusted=[{','.join(map(str, stated))}]")
+        raise ConfigError(
+            f"trusted={list(stated)} stands in a YAML file. Give it on the command line: "
+            f"trusted=[{','.join(map(str, stated))}]"
+        )
     allowed = shipped_targets()
     for path, key, value in _walk(config):
         if key != "_target_":
@@ -69,7 +74,9 @@ def audit_hydra(config: dict[str, Any]) -> None:
     for path, key, value in _walk(config):
         where = f"hydra.{path}"
         if key == "_target_" and value not in HYDRA_TARGETS:
-            raise ConfigError(f"{where}={value} is refused: only Hydra's own launchers and sweepers may be named there. Remove it.")
+            raise ConfigError(
+                f"{where}={value} is refused: only Hydra's own launchers and sweepers may be named there. Remove it."
+            )
         if path.startswith(("job_logging.", "hydra_logging.")):
             if key == "class" and value not in LOGGING_CLASSES:
                 raise ConfigError(f"{where}={value} is refused; logging classes: {', '.join(sorted(LOGGING_CLASSES))}.")

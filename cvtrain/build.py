@@ -1,4 +1,4 @@
-"""From config to objects: the only caller of `hydra.utils.instantiate`, and the only place that knows the groups' keys."""
+"""From config to objects: the only caller of `hydra.utils.instantiate`, and the only place that knows group keys."""
 
 from __future__ import annotations
 
@@ -106,7 +106,12 @@ class Builder:
     def loader(self, sets: DataSets, device: torch.device, rank: int, world_size: int) -> Loader:
         """Build the loader and say which kind and why."""
         config = self.config
-        loader = Loader(sets, LoaderConfig(config["batch_size"], config["seed"], device, config["loader"], config["workers"], rank, world_size))
+        loader = Loader(
+            sets,
+            LoaderConfig(
+                config["batch_size"], config["seed"], device, config["loader"], config["workers"], rank, world_size
+            ),
+        )
         return loader
 
     def augmentation(self) -> Any:  # noqa: ANN401 - aug.Augmentation or the user's own
@@ -118,10 +123,17 @@ class Builder:
                 continue
             if change is None:
                 del sample[name]
-                log.info("aug: no %s on this data set, it would change what a picture is (data.aug_overrides={} keeps it)", name)
+                log.info(
+                    "aug: no %s on this data set, it would change what a picture is (data.aug_overrides={} keeps it)",
+                    name,
+                )
             else:
                 sample[name] = {**sample[name], **change}
-                log.info("aug: %s with %s on this data set (data.aug_overrides={} keeps the preset)", name, ", ".join(f"{k}={v}" for k, v in change.items()))
+                log.info(
+                    "aug: %s with %s on this data set (data.aug_overrides={} keeps the preset)",
+                    name,
+                    ", ".join(f"{k}={v}" for k, v in change.items()),
+                )
         if "sample" in node:
             node["sample"] = sample
         return self.build("aug", node)
@@ -129,7 +141,9 @@ class Builder:
     def model(self, sets: DataSets) -> nn.Module:
         """Build the network for the data's classes, channels and size, the same weights for the same seed."""
         torch.manual_seed(self.config["seed"])
-        return build_model(self, self.config["model"], sets.num_classes, sets.preprocess.channels, sets.preprocess.img_size)
+        return build_model(
+            self, self.config["model"], sets.num_classes, sets.preprocess.channels, sets.preprocess.img_size
+        )
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Build the optimizer over groups that spare norms and biases from weight decay."""
@@ -172,7 +186,9 @@ class Builder:
         # A model's img_size in its YAML asks for a size; the run has already granted it.
         unknown = [key for key in given if key not in parameters and not (group == "model" and key == "img_size")]
         if unknown:
-            raise ConfigError(f"unknown key {group}.{unknown[0]}={given[unknown[0]]}; {did_you_mean(unknown[0], parameters, 'keys')}")
+            raise ConfigError(
+                f"unknown key {group}.{unknown[0]}={given[unknown[0]]}; {did_you_mean(unknown[0], parameters, 'keys')}"
+            )
         return {key: value for key, value in runtime.items() if key in parameters}
 
     def _check_nested(self, path: str, node: Any) -> None:  # noqa: ANN401 - any plain value
@@ -193,6 +209,13 @@ def build_model(builder: Builder, node: dict[str, Any], num_classes: int, in_cha
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model._target_={node['_target_']} returned {type(model).__name__}, not a torch.nn.Module.")
     return model
+
+
+def lay_out(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    """Move `model` to `device` in place, its 4-D weights in the memory format asked for, and return it."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    moved: nn.Module = model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
+    return moved
 
 
 def resolve(target: str, trusted: Sequence[str]) -> Any:  # noqa: ANN401 - whatever the name stands for
@@ -216,14 +239,20 @@ def resolve(target: str, trusted: Sequence[str]) -> Any:  # noqa: ANN401 - whate
         except ModuleNotFoundError as error:
             if error.name is not None and module_name.startswith(error.name):
                 continue
-            raise ConfigError(f"_target_={target}: importing {module_name} failed: {error}. Install what it needs.") from error
+            raise ConfigError(
+                f"_target_={target}: importing {module_name} failed: {error}. Install what it needs."
+            ) from error
         for name in parts[split:]:
             found = getattr(found, name, None)
         break
     if found is None or not callable(found):
         where = Path.cwd()
-        raise ConfigError(f"_target_={target} was not found. Check the name, and that {package!r} is importable from {where} or installed.")
+        raise ConfigError(
+            f"_target_={target} was not found. Check the name, and that {package!r} is installed or lies in {where}."
+        )
     origin = str(getattr(found, "__module__", "") or "")
     if package in trusted and origin.split(".")[0] != package:
-        raise ConfigError(f"_target_={target} is refused: it comes from {origin or 'nowhere'}, not from the trusted package {package!r}.")
+        raise ConfigError(
+            f"_target_={target} is refused: it comes from {origin or 'nowhere'}, not from the trusted {package!r}."
+        )
     return found

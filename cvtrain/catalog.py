@@ -58,7 +58,9 @@ def keys(verb: str) -> list[tuple[str, str, str]]:
 def shipped_targets() -> frozenset[str]:
     """Return every `_target_` named in the shipped YAML: the only ones that run without `trusted=`."""
     return frozenset(
-        target for path in config_folder().rglob("*.yaml") for target in _TARGET.findall(path.read_text(encoding="utf-8"))
+        target
+        for path in config_folder().rglob("*.yaml")
+        for target in _TARGET.findall(path.read_text(encoding="utf-8"))
     )
 
 

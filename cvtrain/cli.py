@@ -79,7 +79,10 @@ def _hydra(verb: str, argv: list[str]) -> int:
     parser = get_args_parser()
     args = parse_flags(parser, argv)
     if args.experimental_rerun is not None or args.config_path is not None or args.config_name is not None:
-        raise ConfigError("--experimental-rerun, --config-path and --config-name are not supported; put your own YAML into a folder and add -cd FOLDER")
+        raise ConfigError(
+            "--experimental-rerun, --config-path and --config-name are not supported; put your own YAML "
+            "into a folder and add -cd FOLDER"
+        )
     if args.shell_completion or args.info or args.hydra_help:
         return _hand_over(args, parser, verb, lambda config: None)
     composer = Composer(verb, args.config_dir)
@@ -116,7 +119,7 @@ def _hand_over(args: Any, parser: Any, verb: str, task: Any) -> int:  # noqa: AN
 
 
 def _make_importable(trusted: list[str], config_dir: Path | None) -> None:
-    """Let a trusted package lie in the current folder, or beside or in the `-cd` folder; never before installed ones."""
+    """Let a trusted package lie in the current folder, or in or beside the `-cd` one; installed ones come first."""
     if trusted:
         places = [Path.cwd(), *([config_dir, config_dir.parent] if config_dir else [])]
         sys.path.extend(str(place) for place in places if str(place) not in sys.path)
@@ -124,4 +127,3 @@ def _make_importable(trusted: list[str], config_dir: Path | None) -> None:
 
 def _print_error(message: str) -> None:
     sys.stderr.write(f"cvtrain: {message}\n")
-

@@ -1,4 +1,4 @@
-"""From a command line to a checked config: Hydra composes, then nothing runs before audit and validation; torch-free."""
+"""From a command line to a checked config: Hydra composes, and nothing runs before audit and checks; torch-free."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ class Composer:
         search_path = create_config_search_path(CONFIG_PATH)
         if self.extra is not None:
             if not self.extra.is_dir():
-                raise ConfigError(f"--config-dir: {self.extra} is not a folder. Give the folder that holds your model/, data/ … YAML.")
+                raise ConfigError(
+                    f"--config-dir: {self.extra} is not a folder. Give the folder that holds your model/, data/ … YAML."
+                )
             if isinstance(search_path, ConfigSearchPathImpl):
                 search_path.prepend(provider="command-line", path=f"file://{self.extra}")
         GlobalHydra.instance().clear()
@@ -65,7 +67,10 @@ class Composer:
             try:
                 self._parser.parse_override(text)
             except OverrideParseException as error:
-                raise ConfigError(f"{text!r} is not an override ({str(error).splitlines()[0]}). Write key=value, group=option or group=[a,b].") from error
+                raise ConfigError(
+                    f"{text!r} is not an override ({str(error).splitlines()[0]}). Write key=value, "
+                    f"group=option or group=[a,b]."
+                ) from error
         return self._parser.parse_overrides(list(overrides))
 
     def check(self, overrides: Sequence[str], trusted: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
@@ -105,7 +110,11 @@ class Composer:
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
         return self._hydra.compose_config(
-            config_name=self.verb, overrides=list(overrides), run_mode=RunMode.RUN, from_shell=True, with_log_configuration=False
+            config_name=self.verb,
+            overrides=list(overrides),
+            run_mode=RunMode.RUN,
+            from_shell=True,
+            with_log_configuration=False,
         )
 
     def _check_names(self, overrides: Sequence[str]) -> None:
@@ -113,7 +122,13 @@ class Composer:
         groups = catalog.groups(self.extra)
         for override in self.parse(overrides):
             key = override.key_or_group
-            if override.is_add() or override.is_force_add() or override.is_delete() or key.startswith("hydra") or "." in key:
+            if (
+                override.is_add()
+                or override.is_force_add()
+                or override.is_delete()
+                or key.startswith("hydra")
+                or "." in key
+            ):
                 continue
             key = key.split("@")[0].strip("/")
             names = [name for name, _, _ in catalog.keys(self.verb)]
@@ -121,13 +136,17 @@ class Composer:
                 value = override.value()
                 for option in value if isinstance(value, list) else [value]:
                     if isinstance(option, str) and option not in groups[key]:
-                        raise ConfigError(f"{key}={option} is unknown; {did_you_mean(option, groups[key], f'{key} options')}")
+                        raise ConfigError(
+                            f"{key}={option} is unknown; {did_you_mean(option, groups[key], f'{key} options')}"
+                        )
             elif key not in names:
                 raise _unknown_name(key, override.get_value_element_as_str(), groups, names)
 
     def _explain(self, error: Exception) -> ConfigError:
         text = str(error)
-        unknown = re.search(r"full_key: ([\w.\[\]]+)", text) or re.search(r"full_key: ([\w.\[\]]+)", str(error.__cause__))
+        unknown = re.search(r"full_key: ([\w.\[\]]+)", text) or re.search(
+            r"full_key: ([\w.\[\]]+)", str(error.__cause__)
+        )
         key = unknown[1] if unknown else None
         missing = re.search(r"Could not override '([^']+)'", text)
         if key is None and missing:
@@ -137,7 +156,10 @@ class Composer:
             options = catalog.groups(self.extra).get(group.strip("/"), {})
             return ConfigError(f"{group}={option} is unknown; {did_you_mean(option, options, f'{group} options')}")
         if key is not None and not key.startswith("hydra"):
-            return ConfigError(f"unknown key {key!r}; {did_you_mean(key, self._known_keys(), 'keys')}\nA new key needs a plus: +{key}=…")
+            return ConfigError(
+                f"unknown key {key!r}; {did_you_mean(key, self._known_keys(), 'keys')}\nA new key needs a "
+                f"plus: +{key}=…"
+            )
         return ConfigError(" ".join(text.split()))
 
     def _known_keys(self) -> list[str]:
@@ -201,7 +223,20 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argpars
     flags: list[str] = []
     overrides: list[str] = []
     rest = list(argv)
-    takes_value = {"-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name", "-c", "--cfg", "-p", "--package", "-i", "--info"}
+    takes_value = {
+        "-cd",
+        "--config-dir",
+        "-cp",
+        "--config-path",
+        "-cn",
+        "--config-name",
+        "-c",
+        "--cfg",
+        "-p",
+        "--package",
+        "-i",
+        "--info",
+    }
     while rest:
         word = rest.pop(0)
         if not word.startswith("-"):

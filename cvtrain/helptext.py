@@ -16,12 +16,27 @@ EXAMPLES = """\
 def overview() -> str:
     """Return the page of `cvtrain --help`: verbs, groups and their options, one line each."""
     chosen = catalog.defaults()
-    lines = ["cvtrain: train, compress, export and prove a vision model with one command.", "", "Usage: cvtrain [VERB] [group=option] [key=value] [flags]", "", EXAMPLES.rstrip("\n"), "", "Verbs"]
-    lines += [f"  {name:<14}{text}" for name, text in {**catalog.verbs(), "list": "Show the options of a group: cvtrain list model"}.items()]
+    lines = [
+        "cvtrain: train, compress, export and prove a vision model with one command.",
+        "",
+        "Usage: cvtrain [VERB] [group=option] [key=value] [flags]",
+        "",
+        EXAMPLES.rstrip("\n"),
+        "",
+        "Verbs",
+    ]
+    lines += [
+        f"  {name:<14}{text}"
+        for name, text in {**catalog.verbs(), "list": "Show the options of a group: cvtrain list model"}.items()
+    ]
     for group, options in catalog.groups().items():
         lines += ["", f"{group}  (default: {chosen.get(group, 'none')})"]
         lines += [f"  {name:<20}{text}" for name, text in options.items()]
-    lines += ["", "Keys and flags: cvtrain train --help. One group: cvtrain list GROUP. The whole config: cvtrain --cfg job.", ""]
+    lines += [
+        "",
+        "Keys and flags: cvtrain train --help. One group: cvtrain list GROUP. The whole config: cvtrain --cfg job.",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -33,7 +48,10 @@ def verb_help(verb: str) -> str:
     lines += [f"  {name + '=' + default:<34}{text}" for name, default, text in catalog.keys(verb)]
     if verb == "train":
         lines += ["", "Groups (set with group=option; cvtrain list GROUP shows the options)"]
-        lines += [f"  {group + '=' + default:<34}{' '.join(catalog.groups()[group])}" for group, default in catalog.defaults().items()]
+        lines += [
+            f"  {group + '=' + default:<34}{' '.join(catalog.groups()[group])}"
+            for group, default in catalog.defaults().items()
+        ]
     lines += [
         "",
         "Flags",

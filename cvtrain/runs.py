@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cvtrain.core.files import storage_error, write_json
-from cvtrain.errors import CvtrainError, LockedError, StorageError
+from cvtrain.errors import CvtrainError, Interrupted, LockedError, StorageError
 
 STATUS, ARGS = "status.json", "args.yaml"
 FREE_KEYS = ("resume", "json", "output_dir", "trusted", "workers", "name")
@@ -112,7 +112,9 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise LockedError(f"{folder} is in use by process {file.read().strip()}. Wait for it, or start another run.") from None
+            raise LockedError(
+                f"{folder} is in use by process {file.read().strip()}. Wait for it, or start another run."
+            ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -123,6 +125,6 @@ def ending(error: BaseException) -> tuple[str, bool]:
     """Return the state word and whether to retry for an error that ended a run."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped", True
-    known = isinstance(error, CvtrainError)
-    stopped = known and error.exit_code in (130, 143)
-    return ("stopped" if stopped else "failed"), bool(known and error.retryable)
+    if not isinstance(error, CvtrainError):
+        return "failed", False
+    return ("stopped" if isinstance(error, Interrupted) else "failed"), error.retryable

@@ -56,7 +56,13 @@ class Rule:
 
     def expected(self) -> str:
         """Return in words what is allowed."""
-        words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}[self.kind]
+        words = {
+            "int": "a whole number",
+            "float": "a number",
+            "bool": "true or false",
+            "str": "text",
+            "list": "a list",
+        }[self.kind]
         if self.choices is not None:
             words = "one of " + ", ".join(self.choices)
         if self.low is not None:
@@ -256,16 +262,25 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
         return
     optimizer, scheduler = config["optimizer"], config["scheduler"]
     if optimizer.get("nesterov") and not optimizer.get("momentum"):
-        yield "optimizer.nesterov=true needs optimizer.momentum above 0: set optimizer.momentum=0.9 or optimizer.nesterov=false"
+        yield (
+            "optimizer.nesterov=true needs optimizer.momentum above 0: set optimizer.momentum=0.9 or "
+            "optimizer.nesterov=false"
+        )
     if scheduler.get("min_lr", 0) > optimizer.get("lr", math.inf):
         yield f"scheduler.min_lr={scheduler['min_lr']} is above optimizer.lr={optimizer['lr']}: lower scheduler.min_lr"
     if scheduler.get("warmup_epochs", 0) >= config["epochs"] and scheduler.get("warmup_epochs", 0) > 0:
-        yield f"scheduler.warmup_epochs={scheduler['warmup_epochs']} leaves nothing of epochs={config['epochs']}: lower it, or raise epochs"
+        yield (
+            f"scheduler.warmup_epochs={scheduler['warmup_epochs']} leaves nothing of "
+            f"epochs={config['epochs']}: lower it, or raise epochs"
+        )
     if config["precision"].get("_target_", "").endswith(".Fp16") and config["device"] == "cpu":
         yield "precision=fp16 and device=cpu: a CPU has no fast float16; use precision=amp or precision=fp32"
     steps = list(config["compression"])
     if "ptq_static" in steps[:-1]:
-        yield f"compression=[{','.join(steps)}]: ptq_static leaves PyTorch, so it must come last: compression=[{','.join([s for s in steps if s != 'ptq_static'] + ['ptq_static'])}]"
+        yield (
+            f"compression=[{','.join(steps)}]: ptq_static leaves PyTorch, so it must come last: "
+            f"compression=[{','.join([s for s in steps if s != 'ptq_static'] + ['ptq_static'])}]"
+        )
     if config["max_time"] is not None:
         try:
             seconds(str(config["max_time"]))
@@ -273,4 +288,7 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
             yield f"max_time={config['max_time']} is not a duration; write 90s, 30m, 2h or 1h30m"
     fractions = [config["data"].get(key) or 0 for key in ("val_fraction", "test_fraction")]
     if sum(fractions) >= 1:
-        yield f"data.val_fraction={fractions[0]} and data.test_fraction={fractions[1]} leave nothing to train on; keep their sum below 1"
+        yield (
+            f"data.val_fraction={fractions[0]} and data.test_fraction={fractions[1]} leave nothing to "
+            f"train on; keep their sum below 1"
+        )

@@ -82,7 +82,8 @@ def _known(error: BaseException, folder: Path) -> CvtrainError:
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return OutOfMemoryError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'no memory left'}\n"
-            "Lower batch_size (and raise grad_accum_steps to keep the effective batch), use precision=amp, or lower img_size."
+            "Lower batch_size (and raise grad_accum_steps to keep the effective batch), use precision=amp, "
+            "or lower img_size."
         )
     if isinstance(error, OSError) and error.errno is not None and error.filename:
         return storage_error(Path(str(error.filename)), error)

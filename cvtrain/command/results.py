@@ -64,7 +64,13 @@ def write_results(
                 "precision": table["precision"][i],
                 "recall": table["recall"][i],
                 "f1": table["f1"][i],
-                **dict(zip(("recall_low", "recall_high"), wilson(int(matrix[i, i]), max(1, int(matrix[i].sum()))), strict=True)),
+                **dict(
+                    zip(
+                        ("recall_low", "recall_high"),
+                        wilson(int(matrix[i, i]), max(1, int(matrix[i].sum()))),
+                        strict=True,
+                    )
+                ),
             }
             for i, name in enumerate(evaluation.class_names)
         ],
@@ -75,13 +81,23 @@ def write_results(
     write_csv(
         folder / "predictions.csv",
         [
-            {"name": name, "label": names[label], "predicted": names[guess], "confidence": round(sure, 6), "correct": int(label == guess)}
-            for name, label, guess, sure in zip(evaluation.names, evaluation.labels.tolist(), predicted.tolist(), confidence.tolist(), strict=True)
+            {
+                "name": name,
+                "label": names[label],
+                "predicted": names[guess],
+                "confidence": round(sure, 6),
+                "correct": int(label == guess),
+            }
+            for name, label, guess, sure in zip(
+                evaluation.names, evaluation.labels.tolist(), predicted.tolist(), confidence.tolist(), strict=True
+            )
         ],
     )
     figures = {
         "test/confusion_matrix": plots.confusion(matrix, names, folder / "confusion_matrix.png", normalize=False),
-        "test/confusion_matrix_normalized": plots.confusion(matrix, names, folder / "confusion_matrix_normalized.png", normalize=True),
+        "test/confusion_matrix_normalized": plots.confusion(
+            matrix, names, folder / "confusion_matrix_normalized.png", normalize=True
+        ),
     }
     if history:
         figures["curves"] = plots.curves(history, folder / "results.png")

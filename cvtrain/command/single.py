@@ -16,7 +16,13 @@ from cvtrain.compose import group_choices
 from cvtrain.errors import EXIT_OK, ConfigError
 
 
-def run(composed: DictConfig, config: dict[str, Any], args: argparse.Namespace, parser: argparse.ArgumentParser, trusted: list[str]) -> int:
+def run(
+    composed: DictConfig,
+    config: dict[str, Any],
+    args: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    trusted: list[str],
+) -> int:
     """Train once; return the exit code. Nothing was written before this."""
     choices = group_choices(composed)
     folder = choose_folder(config, choices)
@@ -60,9 +66,15 @@ def choose_folder(config: dict[str, Any], choices: dict[str, str]) -> Path:
         folder = Path(resume).absolute()
         manifest = runs.read_json(folder / "manifest.json")
         if not manifest:
-            raise ConfigError(f"resume={resume} is not a run folder (no manifest.json). Use resume=auto, or the folder that a run printed.")
+            raise ConfigError(
+                f"resume={resume} is not a run folder (no manifest.json). Use resume=auto, or the folder "
+                f"that a run printed."
+            )
         if manifest.get("config_hash") != digest:
-            raise ConfigError(f"resume={resume} was started with another config; see {folder / 'args.yaml'}. Give the same overrides, or start a new run.")
+            raise ConfigError(
+                f"resume={resume} was started with another config; see {folder / 'args.yaml'}. Give the "
+                f"same overrides, or start a new run."
+            )
         return folder
     return runs.create_folder(parent)
 

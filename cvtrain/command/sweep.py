@@ -105,9 +105,12 @@ def _report(outcomes: dict[str, Outcome], folder: Path, as_json: bool) -> int:
     make_console(as_json).print(sweep_table(rows))
     code = EXIT_OK if all(o.exit_code == EXIT_OK for o in outcomes.values()) else EXIT_BUG
     status = "done" if code == EXIT_OK else "failed"
-    line = {"run": str(folder), "status": status, "exit_code": code, "jobs": [{**row, "run": row.pop("folder")} for row in rows]}
+    line = {
+        "run": str(folder),
+        "status": status,
+        "exit_code": code,
+        "jobs": [{**row, "run": row.pop("folder")} for row in rows],
+    }
     write_json(folder / "sweep.json", {**runs.read_json(folder / "sweep.json"), **line})
     sys.stdout.write((to_json_line(line) if as_json else str(folder)) + "\n")
     return code
-
-

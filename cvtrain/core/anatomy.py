@@ -36,7 +36,7 @@ def stem_pool(model: nn.Module) -> str | None:
         if convolutions > 1:
             return None
         if isinstance(module, nn.MaxPool2d) and convolutions == 1:
-            return path
+            return str(path)
     return None
 
 

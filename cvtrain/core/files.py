@@ -94,4 +94,6 @@ def storage_error(path: Path, error: OSError, needed: int = 0) -> StorageError:
             f"disk full: {path} needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free.\n"
             "Free some space or choose another output_dir=DIR; then go on with resume=auto."
         )
-    return StorageError(f"cannot write {path}: {error.strerror or error}. Check the folder's rights, or set output_dir=DIR.")
+    return StorageError(
+        f"cannot write {path}: {error.strerror or error}. Check the folder's rights, or set output_dir=DIR."
+    )

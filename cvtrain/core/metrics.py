@@ -55,7 +55,7 @@ class ClassificationMetrics:
 
 
 def per_class(matrix: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-    """Return `precision`, `recall` and `f1` of each class, `(K,)` in 0..1; 0 where a class was never seen or predicted."""
+    """Return `precision`, `recall` and `f1` of each class, `(K,)` in 0..1; 0 where a class was never there."""
     hits = np.diag(matrix).astype(np.float64)
     precision = hits / np.maximum(matrix.sum(0), 1)
     recall = hits / np.maximum(matrix.sum(1), 1)

@@ -36,9 +36,7 @@ def _key(*parts: int | str) -> NDArray[np.uint64]:
     return state
 
 
-def sample_uniforms(
-    seed: int, epoch: int, indices: NDArray[np.int64], stream: str, count: int
-) -> NDArray[np.float32]:
+def sample_uniforms(seed: int, epoch: int, indices: NDArray[np.int64], stream: str, count: int) -> NDArray[np.float32]:
     """Draw `count` numbers for each sample.
 
     Args:

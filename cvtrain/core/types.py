@@ -162,8 +162,6 @@ class SampleTransform(Protocol):
 class BatchTransform(Protocol):
     """An augmentation that mixes the samples of a batch."""
 
-    def __call__(
-        self, images: Tensor, targets: Tensor, rng: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, targets: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Map images `(B, C, H, W)` and targets `(B, K)` float to the same shapes."""
         ...

@@ -58,7 +58,9 @@ def load_into(model: nn.Module, path: Path) -> dict[str, str]:
     ]
     if differences:
         shown = "; ".join(differences[:5])
-        raise WeightsError(f"{path} does not fit this model, {len(differences)} differences: {shown}. Use the run's own model=.")
+        raise WeightsError(
+            f"{path} does not fit this model, {len(differences)} differences: {shown}. Use the run's own model=."
+        )
     model.load_state_dict(tensors)
     return metadata
 
@@ -70,7 +72,9 @@ def parse_metadata(metadata: dict[str, str], key: str) -> object:
         WeightsError: The key is absent: the file was not written by cvtrain.
     """
     if key not in metadata:
-        raise WeightsError(f"the weights carry no {key!r}; they were not written by cvtrain. Use weights/model.safetensors of a run.")
+        raise WeightsError(
+            f"the weights carry no {key!r}; they were not written by cvtrain. Use weights/model.safetensors of a run."
+        )
     value: object = json.loads(metadata[key])
     return value
 

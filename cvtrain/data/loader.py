@@ -23,6 +23,9 @@ from cvtrain.errors import ConfigError, DataError, WorkerError
 
 Indices = NDArray[np.int64]
 
+WORKER_TIMEOUT = 300.0
+"""Seconds without a batch after which the workers count as hung, on a dead network drive for instance."""
+
 
 @dataclass(frozen=True)
 class LoaderConfig:
@@ -151,6 +154,7 @@ class Loader:
             collate_fn=_unchanged,
             pin_memory=device.type == "cuda",
             worker_init_fn=_ignore_signals,
+            timeout=WORKER_TIMEOUT if workers else 0,
             # Without one of its own, DataLoader draws its workers' seeds from torch's global generator.
             generator=torch.Generator(),
         )
@@ -159,12 +163,13 @@ class Loader:
             try:
                 read = next(iterator)
             except (RuntimeError, ConnectionError, EOFError) as error:
-                if workers == 0 or (isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker")):
+                if workers == 0 or (isinstance(error, RuntimeError) and not str(error).startswith("DataLoader")):
                     raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise WorkerError(
-                    f"a data worker died: {reason}\n"
-                    "  often memory (also /dev/shm): lower workers or batch_size, or run with workers=0"
+                    f"a data worker died or hangs: {reason}\n"
+                    "  often memory (also /dev/shm) or a drive that stopped answering: lower workers or "
+                    "batch_size, or use workers=0"
                 ) from error
             if isinstance(read, str):
                 raise DataError(read)
@@ -200,10 +205,11 @@ def _unchanged(item: object) -> object:
 def _ignore_signals(_: int) -> None:
     """Leave Ctrl-C and a scheduler's SIGTERM, which reach the whole group, to the main process.
 
-    It finishes its step and saves, and needs its workers until then.
+    It finishes its step and saves, and needs its workers until then. A second SIGTERM does end a worker: that is how
+    DataLoader and Python's exit remove one that hangs, such as on a queue whose lock a killed worker still holds.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _split(sets: DataSets, split: str) -> Source:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cvtrain.core import weights
 from cvtrain.core.files import sha256, storage_error, sync_folder, write_json, write_temporary
@@ -52,7 +52,8 @@ class CheckpointStore:
         tensors = _tensors(run)
         if not weights.all_finite({k: v for k, v in tensors.items() if k.startswith("model/")}):
             raise DivergedError(
-                f"weights are not finite at step {run.state.step}; the checkpoint was not written and the last good one stands.\n"
+                f"weights are not finite at step {run.state.step}; the checkpoint was not written and the "
+                f"last good one stands.\n"
                 "Lower optimizer.lr, set clip_grad_norm=1.0, or use precision=fp32."
             )
         content = weights.to_bytes(tensors, {"cvtrain": json.dumps(self._document(run))})
@@ -60,7 +61,9 @@ class CheckpointStore:
         digest = hashlib.sha256(content).hexdigest()
         try:
             known = self._known()
-            self._enter(known, {LAST: digest, PREVIOUS: known.get(LAST, [digest])[0], **({BEST: digest} if best else {})})
+            self._enter(
+                known, {LAST: digest, PREVIOUS: known.get(LAST, [digest])[0], **({BEST: digest} if best else {})}
+            )
             if (self.folder / LAST).exists():
                 self._link(LAST, PREVIOUS)
             temporary.replace(self.folder / LAST)
@@ -91,7 +94,10 @@ class CheckpointStore:
             _load(run, tensors, document)
             return name
         if names:
-            raise WeightsError(f"no usable checkpoint in {self.folder}: all of {', '.join(names)} are damaged. Train again without resume=.")
+            raise WeightsError(
+                f"no usable checkpoint in {self.folder}: all of {', '.join(names)} are damaged. Train again "
+                f"without resume=."
+            )
         return None
 
     def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -110,6 +116,11 @@ class CheckpointStore:
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise WeightsError(f"{path} has another checkpoint format than {FORMAT}.")
         return tensors, document
+
+    def load_model(self, name: str, model: nn.Module) -> None:
+        """Load only the weights of a checkpoint into `model`."""
+        tensors, _ = self.read(name)
+        model.load_state_dict(_model_tensors(tensors))
 
     def sweep(self) -> None:
         """Remove temporary files that a killed process left."""
@@ -158,7 +169,11 @@ class CheckpointStore:
 
 
 def _parameter_names(run: TrainRun) -> list[tuple[str, Tensor]]:
-    return [(name, p) for group in run.optimizer.param_groups for name, p in zip(group["param_names"], group["params"], strict=True)]
+    return [
+        (name, p)
+        for group in run.optimizer.param_groups
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+    ]
 
 
 def _tensors(run: TrainRun) -> dict[str, Tensor]:
@@ -171,6 +186,10 @@ def _tensors(run: TrainRun) -> dict[str, Tensor]:
     return tensors
 
 
+def _model_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+
+
 def _optimizer_scalars(run: TrainRun) -> dict[str, dict[str, Any]]:
     return {
         name: scalars
@@ -181,9 +200,11 @@ def _optimizer_scalars(run: TrainRun) -> dict[str, dict[str, Any]]:
 
 def _load(run: TrainRun, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
     own = run.model.state_dict()
-    stored = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+    stored = _model_tensors(tensors)
     if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in stored.items()}:
-        raise WeightsError("the checkpoint is of another model. Start a new run, or use the model= it was trained with.")
+        raise WeightsError(
+            "the checkpoint is of another model. Start a new run, or use the model= it was trained with."
+        )
     run.model.load_state_dict(stored)
     for name, parameter in _parameter_names(run):
         prefix = f"optimizer/{name}/"
@@ -208,3 +229,13 @@ def _optimizer_value(key: str, value: Tensor, parameter: Tensor) -> Tensor:
     if value.shape == parameter.shape:  # moments follow their parameter's device and memory format
         return torch.empty_like(parameter).copy_(value)
     return value.to(parameter.device)
+
+
+class NoCheckpoints(CheckpointStore):
+    """Saves nothing: for a fit inside another run, whose checkpoints stand."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), {})
+
+    def save(self, run: TrainRun, best: bool) -> None:
+        """Do nothing."""

@@ -26,7 +26,7 @@ def fit(run: TrainRun) -> None:
     """
     state, options = run.state, run.options
     started = time.monotonic() - state.seconds
-    run.display.begin(options.epochs, run.steps_per_epoch, state.step)
+    run.display.begin(run)
     try:
         while state.epoch < options.epochs and not run.monitor.exhausted and not _out_of_time(run):
             run.finetune.apply(run.model, state.epoch)
@@ -75,13 +75,17 @@ def train_step(run: TrainRun, micro_batches: list[Batch]) -> None:
     for i, batch in enumerate(micro_batches):
         images = run.train_images(batch, state.epoch)
         mix_key = state.step * options.grad_accum_steps + i
-        images, targets = run.augmentation.mix(images, run.task.encode(batch.targets), options.seed, mix_key, options.rank)
+        images, targets = run.augmentation.mix(
+            images, run.task.encode(batch.targets), options.seed, mix_key, options.rank
+        )
         with run.precision.autocast():
             losses = run.task.losses(run.model, images, targets)
         if run.device.type == "cpu":  # on a GPU this would wait for the device; there the epoch's sum tells
             check_finite(run, float(losses["loss"].detach()))
         run.precision.backward(losses["loss"] * (len(batch) / total))
-        state.sums += torch.stack([losses["loss"].detach(), losses["acc"], torch.ones_like(losses["acc"])]).to(state.sums) * len(batch)
+        state.sums += torch.stack([losses["loss"].detach(), losses["acc"], torch.ones_like(losses["acc"])]).to(
+            state.sums
+        ) * len(batch)
     run.precision.step(run.optimizer, options.clip_grad_norm)
     run.optimizer.zero_grad(set_to_none=True)
     state.step += 1
@@ -125,7 +129,8 @@ def check_finite(run: TrainRun, loss: float) -> None:
     if not math.isfinite(loss):
         state = run.state
         raise DivergedError(
-            f"the loss became {loss} at epoch {state.epoch + 1}, step {state.step}, lr {_current_lr(run):.3g}; the last checkpoint is from before.\n"
+            f"the loss became {loss} at epoch {state.epoch + 1}, step {state.step}, lr "
+            f"{_current_lr(run):.3g}; the last checkpoint is from before.\n"
             "Lower optimizer.lr, set clip_grad_norm=1.0, or use precision=fp32."
         )
 

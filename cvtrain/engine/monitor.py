@@ -43,7 +43,12 @@ class Monitor:
 
     def state(self) -> dict[str, object]:
         """Return what a checkpoint keeps."""
-        return {"best": self.best, "best_epoch": self.best_epoch, "best_row": self.best_row, "bad_epochs": self.bad_epochs}
+        return {
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "best_row": self.best_row,
+            "bad_epochs": self.bad_epochs,
+        }
 
     def load_state(self, state: dict[str, object]) -> None:
         """Take back `state`."""

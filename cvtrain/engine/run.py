@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,6 +75,10 @@ class Task(Protocol):
 
 class Precision(Protocol):
     """Number formats of the step."""
+
+    def setup(self, device: torch.device, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
+        """Settle the format; `loss` runs a model on one real batch, for a probe."""
+        ...
 
     def autocast(self) -> Any:  # noqa: ANN401 - any context manager
         """Return the forward pass's context."""
@@ -156,8 +160,8 @@ class Tracker(Protocol):
 class Display(Protocol):
     """What the user watches."""
 
-    def begin(self, epochs: int, steps_per_epoch: int, step: int) -> None:
-        """Training starts, or goes on at `step`."""
+    def begin(self, run: TrainRun) -> None:
+        """Training starts, or goes on."""
         ...
 
     def step(self, run: TrainRun) -> None:
@@ -171,6 +175,22 @@ class Display(Protocol):
     def end(self) -> None:
         """Training is over, for whatever reason."""
         ...
+
+
+class Silent:
+    """A display that shows nothing."""
+
+    def begin(self, run: TrainRun) -> None:
+        """Do nothing."""
+
+    def step(self, run: TrainRun) -> None:
+        """Do nothing."""
+
+    def end_epoch(self, run: TrainRun, row: dict[str, float], improved: bool) -> None:
+        """Do nothing."""
+
+    def end(self) -> None:
+        """Do nothing."""
 
 
 @dataclass
@@ -194,6 +214,11 @@ class TrainState:
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     images: int = 0
+
+    @staticmethod
+    def new(device: torch.device) -> TrainState:
+        """Return the state of a run that has not begun."""
+        return TrainState(torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device))
 
     def end_epoch(self, row: dict[str, float]) -> None:
         """Move on to the next epoch."""
@@ -243,9 +268,9 @@ class TrainRun:
     monitor: Monitor
     checkpoints: CheckpointStore
     tracker: Tracker
-    display: Display
     stop: StopRequest
     state: TrainState
+    display: Display = field(default_factory=Silent)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -260,7 +285,9 @@ class TrainRun:
 
     def train_images(self, batch: Batch, epoch: int) -> Tensor:
         """Augment and normalise a raw batch; float32 `(B, C, S, S)` in the run's memory format."""
-        images = self.augmentation.samples(batch.images, batch.indices, self.options.seed, epoch, self.preprocess.img_size)
+        images = self.augmentation.samples(
+            batch.images, batch.indices, self.options.seed, epoch, self.preprocess.img_size
+        )
         return self.in_memory_format(self.preprocess.normalize(images))
 
     def eval_images(self, batch: Batch) -> Tensor:
@@ -269,4 +296,6 @@ class TrainRun:
 
     def in_memory_format(self, images: Tensor) -> Tensor:
         """Lay images out as the convolutions want them."""
-        return images.contiguous(memory_format=torch.channels_last) if self.options.channels_last else images.contiguous()
+        return (
+            images.contiguous(memory_format=torch.channels_last) if self.options.channels_last else images.contiguous()
+        )

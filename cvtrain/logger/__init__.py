@@ -52,7 +52,7 @@ class TensorBoard(NoLogger):
 
         self.images = images
         self._writer: Any = None
-        self._try(lambda: setattr(self, "_writer", SummaryWriter(str(folder), purge_step=purge_step)))  # type: ignore[no-untyped-call]
+        self._try(lambda: setattr(self, "_writer", SummaryWriter(str(folder), purge_step=purge_step)))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Log each value under its name."""
@@ -67,7 +67,12 @@ class TensorBoard(NoLogger):
         shown = images[: self.images].detach().float().cpu().clamp(0, 1)
         if shown.shape[-1] < 64:
             shown = F.interpolate(shown, scale_factor=max(1, 64 // shown.shape[-1]), mode="nearest")
-        self._try(lambda: self._writer and self._writer.add_image(name, make_grid(shown[:, :3] if shown.shape[1] >= 3 else shown[:, :1]), step))
+        self._try(
+            lambda: (
+                self._writer
+                and self._writer.add_image(name, make_grid(shown[:, :3] if shown.shape[1] >= 3 else shown[:, :1]), step)
+            )
+        )
 
     def figure(self, name: str, png: NDArray[np.uint8], step: int) -> None:
         """Log a `(H, W, 3)` uint8 picture."""
@@ -77,7 +82,9 @@ class TensorBoard(NoLogger):
         """Log settings and final metrics for the HPARAMS page, in this folder rather than one of their own."""
         from torch.utils.tensorboard.summary import hparams
 
-        plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()}
+        plain = {
+            key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()
+        }
         for summary in hparams(plain, metrics):  # type: ignore[no-untyped-call]
             self._try(lambda s=summary: self._writer and self._writer.file_writer.add_summary(s))  # type: ignore[misc]
         self.scalars(metrics, 0)

@@ -1,4 +1,4 @@
-"""Networks; the `model` group. A model takes `num_classes`, `in_channels` and `img_size` from the data at build time."""
+"""Networks; the `model` group. `num_classes`, `in_channels` and `img_size` come from the data at build time."""
 
 from cvtrain.model.lenet import LeNet5
 from cvtrain.model.simple_cnn import SimpleCNN

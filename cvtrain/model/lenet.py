@@ -27,14 +27,21 @@ class LeNet5(nn.Module):
     def __init__(self, num_classes: int, in_channels: int, img_size: int) -> None:
         super().__init__()
         if img_size < SMALLEST:
-            raise ConfigError(f"model=lenet5 needs at least {SMALLEST} px, not img_size={img_size}. Set img_size=28 (its default).")
+            raise ConfigError(
+                f"model=lenet5 needs at least {SMALLEST} px, not img_size={img_size}. Set img_size=28 (its default)."
+            )
         side = ((img_size - 4) // 2 - 4) // 2
         self.features = nn.Sequential(
             nn.Conv2d(in_channels, 6, 5), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
         )  # fmt: skip
         self.head = nn.Sequential(
-            nn.Flatten(), nn.Linear(16 * side * side, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, num_classes)
+            nn.Flatten(),
+            nn.Linear(16 * side * side, 120),
+            nn.ReLU(),
+            nn.Linear(120, 84),
+            nn.ReLU(),
+            nn.Linear(84, num_classes),
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ import logging
 import torch
 from torch import nn
 
-from cvtrain.errors import ConfigError, did_you_mean
 from cvtrain.core.anatomy import first_convolution, replace_module, stem_pool
+from cvtrain.errors import ConfigError, did_you_mean
 
 log = logging.getLogger("cvtrain")
 
@@ -38,7 +38,9 @@ def torchvision_model(
 
     names = models.list_models(module=models)
     if name not in names:
-        raise ConfigError(f"model.name={name} is not a torchvision classifier; {did_you_mean(name, names, 'some names')}")
+        raise ConfigError(
+            f"model.name={name} is not a torchvision classifier; {did_you_mean(name, names, 'some names')}"
+        )
     kwargs: dict[str, object] = {}
     if name in ("googlenet", "inception_v3"):
         kwargs = {"aux_logits": False, "init_weights": True}
@@ -47,7 +49,9 @@ def torchvision_model(
     try:
         model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **kwargs)
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"model.name={name} cannot be built at img_size={img_size} ({error}). Choose another img_size.") from error
+        raise ConfigError(
+            f"model.name={name} cannot be built at img_size={img_size} ({error}). Choose another img_size."
+        ) from error
     _fit_stem(model, in_channels, img_size <= SMALL_PICTURE if small_stem == "auto" else bool(small_stem))
     _raise_batch_norm_momentum(model)
     _check_size(model, name, in_channels, img_size)
@@ -93,7 +97,8 @@ def _check_size(model: nn.Module, name: str, in_channels: int, img_size: int) ->
             model.eval()(torch.zeros(1, in_channels, img_size, img_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
-            f"model.name={name} does not take pictures of {img_size} px ({str(error).splitlines()[0]}). Set a larger img_size."
+            f"model.name={name} does not take pictures of {img_size} px ({str(error).splitlines()[0]}). Set "
+            f"a larger img_size."
         ) from error
     finally:
         model.train(was_training)

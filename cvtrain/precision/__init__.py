@@ -119,7 +119,9 @@ class Fp16(Precision):
             ConfigError: The device is a CPU.
         """
         if device.type == "cpu":
-            raise ConfigError("precision=fp16 with device=cpu: a CPU has no fast float16. Use precision=amp or precision=fp32.")
+            raise ConfigError(
+                "precision=fp16 with device=cpu: a CPU has no fast float16. Use precision=amp or precision=fp32."
+            )
         super().setup(device, model, loss)
 
 
@@ -144,12 +146,27 @@ class Amp(Precision):
         elif self.probe and device.type == "cpu":
             ratio = self._speedup(model, loss)
             if ratio < 1.0:
-                log.info("precision: amp stays with float32: %s (%s) runs this model at %.2f× its speed", self.describe(), reason, ratio)
+                log.info(
+                    "precision: amp stays with float32: %s (%s) runs this model at %.2f× its speed",
+                    self.describe(),
+                    reason,
+                    ratio,
+                )
                 self.dtype = None
             else:
-                log.info("precision: amp uses %s (%s), %.2f× the speed of float32 in a short probe", self.describe(), reason, ratio)
+                log.info(
+                    "precision: amp uses %s (%s), %.2f× the speed of float32 in a short probe",
+                    self.describe(),
+                    reason,
+                    ratio,
+                )
         else:
-            log.info("precision: amp uses %s (%s)%s", self.describe(), reason, " with a gradient scaler" if self.scaled else "")
+            log.info(
+                "precision: amp uses %s (%s)%s",
+                self.describe(),
+                reason,
+                " with a gradient scaler" if self.scaled else "",
+            )
 
     def _speedup(self, model: nn.Module, loss: Loss, rounds: int = 3) -> float:
         """Return how many times faster than float32 a forward and backward pass is, median of interleaved rounds."""
@@ -180,7 +197,11 @@ def native_dtype(device: torch.device) -> tuple[torch.dtype | None, str]:
         return None, f"compute capability {major}.{minor} has no tensor cores"
     if device.type == "cpu":
         capabilities = cpu_features()
-        named = [label for flag, label in (("avx512_bf16", "AVX512-BF16"), ("amx_bf16", "AMX"), ("bf16", "Arm BF16")) if flag in capabilities]
+        named = [
+            label
+            for flag, label in (("avx512_bf16", "AVX512-BF16"), ("amx_bf16", "AMX"), ("bf16", "Arm BF16"))
+            if flag in capabilities
+        ]
         if named and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return torch.bfloat16, "CPU with " + " and ".join(named)
         return None, "this CPU has no native bf16"

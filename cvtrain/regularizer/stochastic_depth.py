@@ -6,8 +6,8 @@ import logging
 
 from torch import Tensor, nn
 
-from cvtrain.errors import ConfigError
 from cvtrain.core.anatomy import residual_branches
+from cvtrain.errors import ConfigError
 from cvtrain.regularizer.base import Regularizer
 
 log = logging.getLogger("cvtrain")

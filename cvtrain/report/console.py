@@ -55,27 +55,33 @@ class Progressing:
         self._shown_at = 0.0
         self._epoch_began = (0.0, 0)
 
-    def begin(self, epochs: int, steps_per_epoch: int, step: int) -> None:
+    def begin(self, run: Any) -> None:  # noqa: ANN401 - engine.TrainRun, a sibling's type
         """Start the bar."""
-        self.console.print(f"[bold]{'epoch':>7} {'train loss':>10} {'acc':>7} {'val loss':>9} {'acc':>7} {'lr':>9} {'images/s':>9}[/bold]")
+        heads = ("train loss", 10), ("acc", 7), ("val loss", 9), ("acc", 7), ("lr", 9), ("images/s", 9)
+        self.console.print(f"{'epoch':>7} " + " ".join(f"{head:>{width}}" for head, width in heads), style="bold")
         self._progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"),
-            TimeRemainingColumn(compact=True), TextColumn("left"),
-            console=self.console, transient=True, disable=not self.console.is_terminal,
-        )  # fmt: skip
-        self._task = self._progress.add_task("warming up", total=epochs * steps_per_epoch, completed=step)
+            *(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24)),
+            *(TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(compact=True), TextColumn("left")),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        total = run.options.epochs * run.steps_per_epoch
+        self._task = self._progress.add_task("warming up", total=total, completed=run.state.step)
+        self._epoch_began = (time.monotonic(), run.state.images)
         self._progress.start()
 
-    def step(self, run: Any) -> None:  # noqa: ANN401 - engine.TrainRun, a sibling's type
+    def step(self, run: Any) -> None:  # noqa: ANN401
         """Refresh a few times a second; only then are the numbers copied from the device."""
         now = time.monotonic()
-        if not self._epoch_began[0]:
-            self._epoch_began = (now, run.state.images)
         if self._progress is None or not self.console.is_terminal or now - self._shown_at < REFRESH_SECONDS:
             return
         self._shown_at = now
         means, lr = run.state.means(), run.optimizer.param_groups[0]["lr"]
-        text = f"epoch {run.state.epoch + 1}/{run.options.epochs}  loss {means['train/loss']:.3f}  acc {means['train/acc']:.3f}  lr {lr:.2e}  {self._rate(run):,.0f} images/s"
+        text = (
+            f"epoch {run.state.epoch + 1}/{run.options.epochs}  loss {means['train/loss']:.3f}  "
+            f"acc {means['train/acc']:.3f}  lr {lr:.2e}  {self._rate(run):,.0f} images/s"
+        )
         self._progress.update(self._task, completed=run.state.step, description=text)
 
     def end_epoch(self, run: Any, row: dict[str, float], improved: bool) -> None:  # noqa: ANN401
@@ -89,7 +95,7 @@ class Progressing:
 
     def _rate(self, run: Any) -> float:  # noqa: ANN401
         began, images = self._epoch_began
-        return (run.state.images - images) / max(1e-9, time.monotonic() - began)
+        return float(run.state.images - images) / max(1e-9, time.monotonic() - began)
 
     def end(self) -> None:
         """Take the bar away."""
@@ -98,18 +104,25 @@ class Progressing:
             self._progress = None
 
 
-def artifacts_table(rows: Sequence[Any], classes: int, test_size: int, threads: int) -> Table:
+def artifacts_table(rows: Sequence[Any], test_size: int, threads: int) -> Table:
     """Return the proof as a table; `rows` are evaluation.ProofRow."""
     table = Table(
-        title=f"Artifacts, each run by its own runtime on the {test_size} test pictures (latency: batch 1, {threads} CPU thread{'s' * (threads > 1)})",
-        title_justify="left", title_style="bold", header_style="bold",
-    )  # fmt: skip
+        title=f"Artifacts, each run by its own runtime on the {test_size} test pictures "
+        f"(latency: batch 1, {threads} CPU thread{'s' * (threads > 1)})",
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+    )
     for name in ("artifact", "runtime"):
         table.add_column(name)
     for name in ("accuracy", "Δ to fp32 [95 %]", "agreement", "size", "latency p50", "p95"):
         table.add_column(name, justify="right")
     for row in rows:
-        delta = f"{100 * row.delta:+.2f} [{100 * row.delta_low:+.2f}, {100 * row.delta_high:+.2f}]" if row is not rows[0] else "–"
+        delta = (
+            f"{100 * row.delta:+.2f} [{100 * row.delta_low:+.2f}, {100 * row.delta_high:+.2f}]"
+            if row is not rows[0]
+            else "–"
+        )
         table.add_row(
             row.artifact, row.runtime, f"{100 * row.accuracy:.2f} %", delta, f"{100 * row.agreement:.2f} %",
             human_bytes(row.bytes), f"{row.latency_ms_p50:.2f} ms", f"{row.latency_ms_p95:.2f} ms",
@@ -152,7 +165,8 @@ def _over_seeds(jobs: Sequence[dict[str, Any]]) -> list[str]:
             parts = [part for part in job["name"].split(",") if not part.startswith(("seed=", "data.split_seed="))]
             groups.setdefault(",".join(parts) or "all", []).append(100 * job["metrics"]["test/acc"])
     return [
-        f"{name}: test accuracy {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} % (mean ± std of {len(values)}; {min(values):.2f} to {max(values):.2f})"
+        f"{name}: test accuracy {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} % "
+        f"(mean ± std of {len(values)}; {min(values):.2f} to {max(values):.2f})"
         for name, values in groups.items()
         if len(values) > 1
     ]

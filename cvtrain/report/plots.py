@@ -15,7 +15,7 @@ from torch import Tensor
 from cvtrain.core.files import write_atomic
 
 mpl.use("Agg")
-from matplotlib.figure import Figure  # noqa: E402 - after the backend is set
+from matplotlib.figure import Figure
 
 INK, TRAIN, VAL = "#1b1f24", "#2a6fdb", "#e07b00"
 
@@ -66,7 +66,9 @@ def confusion(matrix: NDArray[np.int64], names: Sequence[str], path: Path, norma
         threshold = values.max() / 2
         for i, j in zip(*np.nonzero(matrix), strict=True):
             text = f"{values[i, j]:.2f}" if normalize else str(matrix[i, j])
-            axis.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if values[i, j] > threshold else INK)
+            axis.text(
+                j, i, text, ha="center", va="center", fontsize=8, color="white" if values[i, j] > threshold else INK
+            )
     axis.set_title(f"{int(matrix.sum())} test pictures, {int(np.trace(matrix))} right")
     return _save(figure, path)
 
@@ -101,12 +103,18 @@ def artifacts(rows: Sequence[Any], path: Path) -> None:
         axis.errorbar(row.latency_ms_p50, 100 * row.accuracy, yerr=error, color=INK, alpha=0.35, capsize=3)
         axis.scatter(row.latency_ms_p50, 100 * row.accuracy, s=60 + 500 * row.bytes / largest, alpha=0.75)
         axis.annotate(
-            f"{row.artifact}\n{row.bytes / 1e6:.2f} MB", (row.latency_ms_p50, 100 * row.accuracy), xytext=(12, 6), textcoords="offset points", fontsize=8
+            f"{row.artifact}\n{row.bytes / 1e6:.2f} MB",
+            (row.latency_ms_p50, 100 * row.accuracy),
+            xytext=(12, 6),
+            textcoords="offset points",
+            fontsize=8,
         )
     axis.margins(0.25)
     axis.set_xlabel("latency at batch 1, p50 [ms]")
     axis.set_ylabel("test accuracy [%]")
-    axis.set_title("Size (area), latency and accuracy of each artifact; bars: 95 % of the difference to fp32", fontsize=9)
+    axis.set_title(
+        "Size (area), latency and accuracy of each artifact; bars: 95 % of the difference to fp32", fontsize=9
+    )
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)

@@ -114,7 +114,9 @@ class Plateau(Schedule):
     It hears of improvement from the run's own monitor (`mode`, `min_delta`), as torch's ReduceLROnPlateau would.
     """
 
-    def __init__(self, gamma: float = 0.5, plateau_epochs: int = 5, min_lr: float = 0.0, warmup_epochs: float = 0) -> None:
+    def __init__(
+        self, gamma: float = 0.5, plateau_epochs: int = 5, min_lr: float = 0.0, warmup_epochs: float = 0
+    ) -> None:
         super().__init__(warmup_epochs)
         self.gamma, self.plateau_epochs, self.min_lr = gamma, plateau_epochs, min_lr
         self._bad_epochs = 0

@@ -113,7 +113,7 @@ def test_ranks_share_each_global_batch_equally_and_without_overlap(count):
         sizes = {len(share[step]) for share in shares}
         assert len(sizes) == 1
         assert sizes.pop() >= 2
-        joined = flat((share[step] for share in shares))
+        joined = flat(share[step] for share in shares)
         assert joined == alone[step][: len(joined)]
 
 

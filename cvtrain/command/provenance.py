@@ -1,0 +1,94 @@
+"""Where a run and its files come from: manifest.json, and the metadata inside every deployed file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cvtrain import __version__, runs
+from cvtrain.core.files import write_json
+from cvtrain.core.types import DataSets
+from cvtrain.precision import cpu_features
+
+
+def write_manifest(
+    folder: Path, config: dict[str, Any], choices: dict[str, str], sets: DataSets, device: torch.device
+) -> None:
+    """Write manifest.json: config hash, versions, hardware, the data's fingerprint, the commit."""
+    packages = ("torch", "torchvision", "hydra-core", "onnx", "onnxruntime", "numpy", "pillow")
+    write_json(
+        folder / "manifest.json",
+        {
+            "config_hash": runs.config_hash(config),
+            "command": sys.argv,
+            "choices": choices,
+            "versions": {
+                "cvtrain": __version__,
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in packages},
+            },
+            "hardware": {
+                "machine": platform.machine(),
+                "system": platform.platform(),
+                "cpu": cpu_name(),
+                "cpu_bf16": sorted(cpu_features() & {"avx512_bf16", "amx_bf16", "bf16"}),
+                "threads": torch.get_num_threads(),
+                "device": str(device),
+                "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            },
+            "data": {
+                "name": sets.name,
+                "classes": sets.class_names,
+                **sets.counts(),
+                "fingerprint": _fingerprint(sets),
+            },
+            "git": git_sha(),
+        },
+    )
+
+
+def deployment_metadata(config: dict[str, Any], sets: DataSets) -> dict[str, str]:
+    """Return what a deployed file carries: how to rebuild the model and how to feed it, as text."""
+    return {
+        "cvtrain_version": __version__,
+        "class_names": json.dumps(sets.class_names),
+        "preprocess": json.dumps(sets.preprocess.to_dict()),
+        "model": json.dumps(config["model"]),
+        "git": git_sha() or "",
+    }
+
+
+def cpu_name() -> str:
+    """Return the processor's name as Linux gives it, or what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def git_sha() -> str | None:
+    """Return the commit of the folder the user is in, if it is under git."""
+    try:
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def _fingerprint(sets: DataSets) -> str:
+    digest = hashlib.sha256()
+    for source in (sets.train, sets.val, sets.test):
+        digest.update(np.ascontiguousarray(source.labels).tobytes())
+        digest.update("\n".join(source.names).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
