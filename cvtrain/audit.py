@@ -6,6 +6,7 @@ the command line trusts: `trusted=[mypkg]`. Keys under `hydra.` are held to a li
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -56,10 +57,12 @@ def audit(config: dict[str, Any], trusted: Sequence[str]) -> None:
             raise ConfigError(f"{path}={value!r} is refused: a _target_ is a dotted name, package.thing.")
         package = value.split(".")[0]
         if value not in allowed and package not in trusted:
-            raise ConfigError(
-                f"{path}={value} is refused: it is not among the targets that cvtrain ships.\n"
-                f"If {package!r} is your own package, add trusted=[{package}] to the command line."
+            fix = (
+                "It is part of Python, not of a model: remove it."
+                if package in sys.stdlib_module_names
+                else f"If {package!r} is your own package, add trusted=[{package}] to the command line."
             )
+            raise ConfigError(f"{path}={value} is refused: it is not among the targets that cvtrain ships.\n{fix}")
 
 
 def audit_hydra(config: dict[str, Any]) -> None:

@@ -91,6 +91,8 @@ def _hydra(verb: str, argv: list[str]) -> int:
     _make_importable(trusted, composer.extra)
     if args.cfg:
         return _show(composer, args, parser, verb, trusted)
+    if args.multirun and verb != "train":
+        raise ConfigError(f"-m sweeps trainings; cvtrain {verb} takes one run at a time: leave -m out.")
     if args.multirun:
         from cvtrain.command import sweep
 

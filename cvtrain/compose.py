@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -16,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -66,7 +67,7 @@ class Composer:
         for text in overrides:
             try:
                 self._parser.parse_override(text)
-            except OverrideParseException as error:
+            except HydraException as error:
                 raise ConfigError(
                     f"{text!r} is not an override ({str(error).splitlines()[0]}). Write key=value, "
                     f"group=option or group=[a,b]."
@@ -82,8 +83,10 @@ class Composer:
         self._check_names(overrides)
         try:
             composed = self._compose(overrides)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"YAML that does not parse: {' '.join(str(error).split())}") from error
         except (HydraException, OmegaConfBaseException) as error:
-            raise self._explain(error) from error
+            raise self._explain(error, overrides) from error
         HydraConfig.instance().set_config(composed)
         hydra_node = OmegaConf.to_container(composed.hydra, resolve=False)
         audit_hydra(hydra_node)  # type: ignore[arg-type]
@@ -119,7 +122,7 @@ class Composer:
 
     def _check_names(self, overrides: Sequence[str]) -> None:
         """Catch a misspelt group first: Hydra would suggest `+modle=…`, which trains the wrong model."""
-        groups = catalog.groups(self.extra)
+        groups = catalog.groups(self.extra) if self.verb == "train" else {}
         for override in self.parse(overrides):
             key = override.key_or_group
             if (
@@ -140,9 +143,9 @@ class Composer:
                             f"{key}={option} is unknown; {did_you_mean(option, groups[key], f'{key} options')}"
                         )
             elif key not in names:
-                raise _unknown_name(key, override.get_value_element_as_str(), groups, names)
+                raise _unknown_name(key, override.get_value_element_as_str(), groups, names, self.verb)
 
-    def _explain(self, error: Exception) -> ConfigError:
+    def _explain(self, error: Exception, overrides: Sequence[str]) -> ConfigError:
         text = str(error)
         unknown = re.search(r"full_key: ([\w.\[\]]+)", text) or re.search(
             r"full_key: ([\w.\[\]]+)", str(error.__cause__)
@@ -157,14 +160,15 @@ class Composer:
             return ConfigError(f"{group}={option} is unknown; {did_you_mean(option, options, f'{group} options')}")
         if key is not None and not key.startswith("hydra"):
             return ConfigError(
-                f"unknown key {key!r}; {did_you_mean(key, self._known_keys(), 'keys')}\nA new key needs a "
+                f"unknown key {key!r}; {did_you_mean(key, self._known_keys(overrides), 'keys')}\nA new key needs a "
                 f"plus: +{key}=…"
             )
         return ConfigError(" ".join(text.split()))
 
-    def _known_keys(self) -> list[str]:
-        composed = self._compose([])
-        return sorted(_leaves(plain(composed)))
+    def _known_keys(self, overrides: Sequence[str]) -> list[str]:
+        groups = catalog.groups(self.extra)
+        chosen = [text for text in overrides if text.partition("=")[0] in groups]
+        return sorted(_leaves(plain(self._compose(chosen))))
 
 
 def plain(composed: DictConfig) -> dict[str, Any]:
@@ -186,11 +190,17 @@ def plain(composed: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def _unknown_name(key: str, value: str, groups: dict[str, dict[str, str]], names: list[str]) -> ConfigError:
+def _unknown_name(
+    key: str, value: str, groups: dict[str, dict[str, str]], names: list[str], verb: str
+) -> ConfigError:
     close = nearest(key, [*groups, *names])
     close.sort(key=lambda name: value not in groups.get(name, {}))  # a group that has this option is the likeliest
     hint = f"did you mean {' or '.join(f'{name}={value}' for name in close[:2])}? " if close else ""
-    return ConfigError(f"unknown group or key {key!r}; {hint}groups: {', '.join(groups)} (keys: cvtrain train --help)")
+    if not groups:
+        return ConfigError(f"unknown key {key!r} of cvtrain {verb}; {hint}keys: {', '.join(names)}")
+    return ConfigError(
+        f"unknown group or key {key!r}; {hint}groups: {', '.join(groups)} (keys: cvtrain train --help)"
+    )
 
 
 def trusted_packages(overrides: Sequence[Override]) -> list[str]:

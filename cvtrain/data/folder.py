@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from cvtrain.core.types import DataSets, Source
@@ -275,9 +274,10 @@ class Folder:
 def _in_threads(function: Callable[[int], str | None], count: int, workers: int) -> list[str | None]:
     """Return `function` of 0..count-1 in order; Pillow lets other threads run while it decodes."""
     pool = ThreadPoolExecutor(max(1, workers))
-    # Pillow only warns of pictures that are refused here. Filters are the process's, so they are set outside the pool.
+    # Pillow warns of sizes that are refused here and of EXIF that does not matter. Filters are the process's, so they
+    # are set outside the pool.
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             return list(pool.map(function, range(count)))
         finally:

@@ -159,22 +159,34 @@ class Loader:
             generator=torch.Generator(),
         )
         iterator = iter(loader)
-        for indices in batches:
-            try:
-                read = next(iterator)
-            except (RuntimeError, ConnectionError, EOFError) as error:
-                if workers == 0 or (isinstance(error, RuntimeError) and not str(error).startswith("DataLoader")):
-                    raise
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise WorkerError(
-                    f"a data worker died or hangs: {reason}\n"
-                    "  often memory (also /dev/shm) or a drive that stopped answering: lower workers or "
-                    "batch_size, or use workers=0"
-                ) from error
-            if isinstance(read, str):
-                raise DataError(read)
-            images, targets = read
-            yield Batch(images, targets, indices).to(device)
+        try:
+            for indices in batches:
+                read = _next(iterator, workers)
+                if isinstance(read, str):
+                    raise DataError(read)
+                images, targets = read
+                yield Batch(images, targets, indices).to(device)
+        finally:
+            # Left to garbage collection, workers of an epoch that was broken off may never hear that they are done.
+            shutdown = getattr(iterator, "_shutdown_workers", None)
+            if shutdown is not None:
+                shutdown()
+
+
+def _next(iterator: Iterator[tuple[Tensor, Tensor] | str], workers: int) -> tuple[Tensor, Tensor] | str:
+    """Return the next item; a worker that died or hangs becomes a `WorkerError`."""
+    try:
+        return next(iterator)
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # A bug in a source arrives as a RuntimeError too, and stays one.
+        if workers == 0 or (isinstance(error, RuntimeError) and not str(error).startswith("DataLoader")):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WorkerError(
+            f"a data worker died or hangs: {reason}\n"
+            "  often memory (also /dev/shm) or a drive that stopped answering\n"
+            "  lower workers or batch_size, or use workers=0"
+        ) from error
 
 
 class _Reader(Dataset[tuple[Tensor, Tensor] | str]):

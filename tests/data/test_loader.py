@@ -1,5 +1,6 @@
 """Batches: order, last batch, ranks, both kinds of loader, and workers that die."""
 
+import multiprocessing
 import os
 import signal
 
@@ -207,6 +208,15 @@ def shout_at_13(where):
 def test_workers_survive_the_signals_that_ask_the_main_process_to_stop():
     made = loader(sets(wrap=lambda source: Wrapped(source, shout_at_13)), workers=2)
     assert sorted(flat(indices(made.train_batches(0)))) == list(range(20))
+
+
+def test_an_epoch_that_is_broken_off_leaves_no_worker_behind():
+    before = set(multiprocessing.active_children())
+    batches = loader(mode="host", workers=2).train_batches(0)
+    next(batches)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    batches.close()
+    assert not set(multiprocessing.active_children()) - before
 
 
 def broken(_):

@@ -1,0 +1,95 @@
+"""A trained model as it was shipped: weights, class names and preprocessing from one file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cvtrain import runs
+from cvtrain.audit import audit
+from cvtrain.build import Builder, build_model, lay_out
+from cvtrain.core import weights
+from cvtrain.core.types import Preprocess
+from cvtrain.errors import ConfigError, WeightsError
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A model ready to predict.
+
+    Attributes:
+        model: In eval mode, on its device.
+        class_names: K names.
+        preprocess: How a picture becomes its input.
+        device: Where it is.
+        path: Its file.
+    """
+
+    model: nn.Module
+    class_names: list[str]
+    preprocess: Preprocess
+    device: torch.device
+    path: Path
+
+
+def load(config: dict[str, Any], trusted: list[str]) -> Deployed:
+    """Load the model that `run=` or `weights=` names.
+
+    Raises:
+        ConfigError: Neither or both are given, or the file's `_target_` is not allowed.
+        WeightsError: The file is missing, damaged or not from cvtrain.
+    """
+    path = _path(config)
+    metadata = weights.read(path)[1]
+    names, preprocess, node = (weights.parse_metadata(metadata, key) for key in ("class_names", "preprocess", "model"))
+    if not isinstance(names, list) or not isinstance(preprocess, dict) or not isinstance(node, dict):
+        raise WeightsError(f"{path} has metadata of another kind. Use weights/model.safetensors of a run.")
+    audit({"model": node, "trusted": trusted}, trusted)  # a file's config is no more trusted than any other
+    prep = Preprocess.from_dict(preprocess)
+    builder = Builder({"model": node, "device": config["device"]}, trusted)
+    device = builder.device()
+    model = build_model(builder, node, len(names), prep.channels, prep.img_size)
+    weights.load_into(model, path)
+    lay_out(model, device, channels_last=True).eval()
+    return Deployed(model, [str(name) for name in names], prep, device, path)
+
+
+def run_config(folder: Path) -> dict[str, Any]:
+    """Return the resolved config of a run.
+
+    Raises:
+        ConfigError: Not a run folder.
+    """
+    from omegaconf import OmegaConf
+
+    path = folder / runs.ARGS
+    if not path.is_file():
+        raise ConfigError(
+            f"run={folder} is not a run folder: it has no {runs.ARGS}. Use the folder that a run printed."
+        )
+    container = OmegaConf.to_container(OmegaConf.load(path))
+    if not isinstance(container, dict):
+        raise ConfigError(f"{path} is not a mapping.")
+    plain: dict[str, Any] = json.loads(json.dumps(container))
+    return plain
+
+
+def _path(config: dict[str, Any]) -> Path:
+    run, file = config.get("run"), config.get("weights")
+    if (run is None) == (file is None):
+        raise ConfigError(
+            "give one of run=FOLDER (the folder that a run printed) and weights=FILE (a model.safetensors)."
+        )
+    if run is None:
+        return Path(str(file))
+    path = Path(str(run)) / "weights" / "model.safetensors"
+    if not path.is_file():
+        raise WeightsError(
+            f"run={run} has no weights/model.safetensors. Let it finish: the same command with resume=auto."
+        )
+    return path

@@ -1,0 +1,100 @@
+"""Residual branches, stems and first convolutions found by looking at the network."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+from cvtrain.core.anatomy import first_convolution, replace_module, residual_branches, stem_pool
+from cvtrain.errors import ConfigError
+from cvtrain.model import LeNet5, SimpleCNN
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "end"),
+    [
+        ("resnet18", 8, ".bn2"),
+        ("resnet34", 16, ".bn2"),
+        ("resnet50", 16, ".bn3"),
+        ("mobilenet_v2", 10, ".conv.3"),
+        ("efficientnet_b0", 9, ".block.3.1"),
+        ("regnet_y_400mf", 16, ".f.c.1"),
+    ],
+)
+def test_every_residual_branch_of_a_torchvision_network_is_found_in_order(name, count, end):
+    with torch.device("meta"):
+        model = models.get_model(name, weights=None)
+    ends = residual_branches(model)
+    assert len(ends) == len(set(ends)) == count
+    order = [path for path, _ in model.named_modules()]
+    assert sorted(ends, key=order.index) == ends
+    assert all(path.endswith(end) for path in ends)
+
+
+def test_in_efficientnet_the_branches_are_the_blocks_that_really_add():
+    model = models.efficientnet_b0(weights=None)
+    ends = residual_branches(model)
+    adding = [path for path, m in model.named_modules() if getattr(m, "use_res_connect", False)]
+    assert [path.removesuffix(".block.3.1") for path in ends] == adding
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: LeNet5(10, 1, 28), lambda: SimpleCNN(10, 1, 8), lambda: models.vgg11(weights=None, num_classes=2)]
+)
+def test_a_plain_network_has_no_residual_branch(make):
+    with torch.device("meta"):
+        model = make()
+    with pytest.raises(ConfigError, match="has no residual branches"):
+        residual_branches(model)
+
+
+def test_a_network_that_cannot_be_traced_says_so():
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x + 1 if x.sum() > 0 else x
+
+    with pytest.raises(ConfigError, match="Branching cannot be traced"):
+        residual_branches(Branching())
+
+
+class Block(nn.Module):
+    def __init__(self, add):
+        super().__init__()
+        self.first, self.second, self.offset = nn.Linear(4, 4), nn.Linear(4, 4), nn.Parameter(torch.zeros(4))
+        self.add = add
+
+    def forward(self, x):
+        return self.add(self, x)
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda m, x: x + m.second(m.first(x)),
+        lambda m, x: m.second(m.first(x)) + x,
+        lambda m, x: torch.add(x, m.second(m.first(x))),
+        lambda m, x: m.second(m.first(x)).add_(x),
+        lambda m, x: x + torch.relu(m.second(m.first(x))) * 2,
+        lambda m, x: m.first(x) + m.second(torch.relu(m.first(x)).exp()),
+    ],
+)
+def test_every_way_to_write_the_addition_is_understood(add):
+    assert residual_branches(Block(add)) == ["second"]
+
+
+@pytest.mark.parametrize("add", [lambda m, x: m.first(x) + m.offset, lambda m, x: m.second(m.first(x)) + 1.0])
+def test_adding_a_constant_or_a_parameter_is_no_residual_connection(add):
+    with pytest.raises(ConfigError, match="no residual branches"):
+        residual_branches(Block(add))
+
+
+def test_the_first_convolution_and_its_pool_are_found_and_replaced():
+    resnet = models.resnet18(weights=None)
+    path, convolution = first_convolution(resnet)
+    assert (path, convolution.out_channels) == ("conv1", 64)
+    assert stem_pool(resnet) == "maxpool"
+    assert stem_pool(models.mobilenet_v2(weights=None)) is None
+    replace_module(resnet, "layer1.0.conv2", nn.Identity())
+    assert isinstance(resnet.layer1[0].conv2, nn.Identity)
+    with pytest.raises(ConfigError, match="Sequential has no 2-D convolution"):
+        first_convolution(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
