@@ -123,17 +123,14 @@ class Builder:
                 continue
             if change is None:
                 del sample[name]
-                log.info(
-                    "aug: no %s on this data set, it would change what a picture is (data.aug_overrides={} keeps it)",
-                    name,
-                )
+                what = f"no {name}, it would change what a picture is"
+            elif "_target_" in change:
+                sample[name] = change
+                what = f"{change['_target_'].rpartition('.')[2]} in place of {name}"
             else:
                 sample[name] = {**sample[name], **change}
-                log.info(
-                    "aug: %s with %s on this data set (data.aug_overrides={} keeps the preset)",
-                    name,
-                    ", ".join(f"{k}={v}" for k, v in change.items()),
-                )
+                what = f"{name} with {', '.join(f'{key}={value}' for key, value in change.items())}"
+            log.info("aug: %s, on this data set (data.aug_overrides={} keeps the preset as it is)", what)
         if "sample" in node:
             node["sample"] = sample
         return self.build("aug", node)

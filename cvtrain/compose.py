@@ -85,7 +85,7 @@ class Composer:
             composed = self._compose(overrides)
         except yaml.YAMLError as error:
             raise ConfigError(f"YAML that does not parse: {' '.join(str(error).split())}") from error
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError) as error:
             raise self._explain(error, overrides) from error
         HydraConfig.instance().set_config(composed)
         hydra_node = OmegaConf.to_container(composed.hydra, resolve=False)
@@ -138,9 +138,9 @@ class Composer:
             if key in groups:
                 value = override.value()
                 for option in value if isinstance(value, list) else [value]:
-                    if isinstance(option, str) and option not in groups[key]:
+                    if not override.is_sweep_override() and str(option) not in groups[key]:
                         raise ConfigError(
-                            f"{key}={option} is unknown; {did_you_mean(option, groups[key], f'{key} options')}"
+                            f"{key}={option} is unknown; {did_you_mean(str(option), groups[key], f'{key} options')}"
                         )
             elif key not in names:
                 raise _unknown_name(key, override.get_value_element_as_str(), groups, names, self.verb)
@@ -190,17 +190,13 @@ def plain(composed: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def _unknown_name(
-    key: str, value: str, groups: dict[str, dict[str, str]], names: list[str], verb: str
-) -> ConfigError:
+def _unknown_name(key: str, value: str, groups: dict[str, dict[str, str]], names: list[str], verb: str) -> ConfigError:
     close = nearest(key, [*groups, *names])
     close.sort(key=lambda name: value not in groups.get(name, {}))  # a group that has this option is the likeliest
     hint = f"did you mean {' or '.join(f'{name}={value}' for name in close[:2])}? " if close else ""
     if not groups:
         return ConfigError(f"unknown key {key!r} of cvtrain {verb}; {hint}keys: {', '.join(names)}")
-    return ConfigError(
-        f"unknown group or key {key!r}; {hint}groups: {', '.join(groups)} (keys: cvtrain train --help)"
-    )
+    return ConfigError(f"unknown group or key {key!r}; {hint}groups: {', '.join(groups)} (keys: cvtrain train --help)")
 
 
 def trusted_packages(overrides: Sequence[Override]) -> list[str]:
@@ -213,7 +209,7 @@ def trusted_packages(overrides: Sequence[Override]) -> list[str]:
     for override in overrides:
         if override.key_or_group == "trusted":
             value = override.value()
-            found = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+            found = [str(v) for v in value] if isinstance(value, list) else []
             if not isinstance(value, list) or not all(name.isidentifier() for name in found):
                 raise ConfigError(f"{override.input_line} is not a list of packages; write trusted=[mypkg]")
     return found
@@ -259,7 +255,11 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argpars
     for flag in flags:
         if flag.startswith("-") and flag.split("=")[0] not in known:
             raise ConfigError(f"unknown flag {flag}; {did_you_mean(flag, sorted(known), 'flags')}")
-    return parser.parse_args([*overrides, *flags])
+    try:
+        parser.exit_on_error = False
+        return parser.parse_args([*overrides, *flags])
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}; see cvtrain --help") from error
 
 
 def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[str]:

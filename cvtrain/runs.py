@@ -51,7 +51,7 @@ def find_run(parent: Path, digest: str) -> Path | None:
     """Return the newest run folder below `parent` whose config has this hash, finished or not."""
     for folder in sorted((p for p in parent.glob("*") if p.is_dir()), reverse=True):
         if read_json(folder / "manifest.json").get("config_hash") == digest:
-            return folder
+            return folder.absolute()
     return None
 
 

@@ -158,7 +158,6 @@ RULES: dict[str, Rule] = {
     "degrees": NOT_NEGATIVE,
     "translate": SHARE,
     "scale": PAIR,
-    "ratio": PAIR,
     "brightness": NOT_NEGATIVE,
     "contrast": NOT_NEGATIVE,
     "saturation": NOT_NEGATIVE,

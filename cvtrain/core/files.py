@@ -54,6 +54,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise storage_error(path, error, len(data)) from error
 
 

@@ -75,7 +75,10 @@ def parse_metadata(metadata: dict[str, str], key: str) -> object:
         raise WeightsError(
             f"the weights carry no {key!r}; they were not written by cvtrain. Use weights/model.safetensors of a run."
         )
-    value: object = json.loads(metadata[key])
+    try:
+        value: object = json.loads(metadata[key])
+    except ValueError as error:
+        raise WeightsError(f"the weights' {key!r} is not JSON ({error}); they were not written by cvtrain.") from error
     return value
 
 

@@ -7,7 +7,7 @@ cost, and neither the kind of loader, nor the number of workers or ranks changes
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,7 +85,7 @@ class Loader:
             )
         self._resident: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def train_batches(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """Yield this rank's share of the epoch's global batches.
 
         Args:
@@ -106,7 +106,7 @@ class Loader:
             batches.append(order[first : first + size])
         return self._batches("train", batches)
 
-    def eval_batches(self, split: str, batch_size: int | None = None) -> Iterator[Batch]:
+    def eval_batches(self, split: str, batch_size: int | None = None) -> Generator[Batch, None, None]:
         """Yield a split in order: every sample exactly once over all ranks, each rank a contiguous part.
 
         Args:
@@ -122,13 +122,13 @@ class Loader:
         mine = np.array_split(np.arange(count, dtype=np.int64), self.config.world_size)[self.config.rank]
         return self._batches(split, [mine[i : i + size] for i in range(0, len(mine), size)])
 
-    def _batches(self, split: str, batches: list[Indices]) -> Iterator[Batch]:
+    def _batches(self, split: str, batches: list[Indices]) -> Generator[Batch, None, None]:
         source = _split(self.sets, split)
         if self.mode == "device" and isinstance(source, ArraySource):
             return self._from_device(split, source, batches)
         return self._from_host(source, batches)
 
-    def _from_device(self, split: str, source: ArraySource, batches: list[Indices]) -> Iterator[Batch]:
+    def _from_device(self, split: str, source: ArraySource, batches: list[Indices]) -> Generator[Batch, None, None]:
         if split not in self._resident:
             labels = torch.from_numpy(source.labels)
             self._resident[split] = (source.images.to(self.config.device), labels.to(self.config.device))
@@ -143,7 +143,7 @@ class Loader:
             first += len(indices)
             yield Batch(images.index_select(0, chosen), labels.index_select(0, chosen), indices)
 
-    def _from_host(self, source: Source, batches: list[Indices]) -> Iterator[Batch]:
+    def _from_host(self, source: Source, batches: list[Indices]) -> Generator[Batch, None, None]:
         device = self.config.device
         workers = min(self.config.workers, len(batches))
         loader: DataLoader[tuple[Tensor, Tensor] | str] = DataLoader(

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class CheckpointStore:
 
     folder: Path
     fixed: dict[str, Any]
+    _whole: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file that this process has written, or read and found whole."""
 
     def save(self, run: TrainRun, best: bool) -> None:
         """Write `last` (and `best` when told so) with everything a resume needs.
@@ -60,22 +62,26 @@ class CheckpointStore:
         temporary = write_temporary(self.folder / LAST, content)
         digest = hashlib.sha256(content).hexdigest()
         try:
-            known = self._known()
-            self._enter(
-                known, {LAST: digest, PREVIOUS: known.get(LAST, [digest])[0], **({BEST: digest} if best else {})}
-            )
-            if (self.folder / LAST).exists():
-                self._link(LAST, PREVIOUS)
+            # Each name may stand for the file on the disk now, or for the one about to take its place.
+            now = self._whole
+            after = {LAST: digest, **({PREVIOUS: now[LAST]} if LAST in now else {}), **({BEST: digest} if best else {})}
+            self._enter({name: [new, *([now[name]] if name in now else [])] for name, new in after.items()})
+            if LAST in now:  # never a damaged one
+                self._link(self.folder / LAST, PREVIOUS)
+            if best:  # before `last`: a kill between the two repeats the epoch, and does not lose its best
+                self._link(temporary, BEST)
             temporary.replace(self.folder / LAST)
-            if best:
-                self._link(LAST, BEST)
             sync_folder(self.folder)
+            self._whole |= after
         except OSError as error:
             raise storage_error(self.folder / LAST, error, len(content)) from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
     def record(self, name: str) -> None:
         """Enter a finished file of the folder into the manifest."""
-        self._enter(self._known(), {name: sha256(self.folder / name)})
+        self._enter({name: [sha256(self.folder / name)]})
 
     def restore(self, run: TrainRun) -> str | None:
         """Load the newest whole checkpoint into `run`; return its file name, or None when there is none.
@@ -85,6 +91,8 @@ class CheckpointStore:
         """
         self.sweep()
         names = [name for name in (LAST, PREVIOUS, BEST) if (self.folder / name).exists()]
+        digests = {name: sha256(self.folder / name) for name in names}
+        self._whole = {name: digest for name, digest in digests.items() if digest in self._known().get(name, [])}
         for name in names:
             try:
                 tensors, document = self.read(name)
@@ -153,18 +161,18 @@ class CheckpointStore:
             return {}
         return files if isinstance(files, dict) else {}
 
-    def _enter(self, known: dict[str, list[str]], digests: dict[str, str]) -> None:
-        merged = {name: list(dict.fromkeys([digest, *known.get(name, [])]))[:2] for name, digest in digests.items()}
-        write_json(self.folder / "manifest.json", {"algorithm": "sha256", "files": {**known, **merged}})
+    def _enter(self, digests: dict[str, list[str]]) -> None:
+        files = {**self._known(), **digests}
+        write_json(self.folder / "manifest.json", {"algorithm": "sha256", "files": files})
 
-    def _link(self, source: str, target: str) -> None:
+    def _link(self, source: Path, target: str) -> None:
         temporary = self.folder / f".{target}.tmp-{os.getpid()}"
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         try:
-            temporary.hardlink_to(self.folder / source)
+            temporary.hardlink_to(source)
         except OSError:  # a file system without hard links
-            shutil.copyfile(self.folder / source, temporary)
+            shutil.copyfile(source, temporary)
         temporary.replace(self.folder / target)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from itertools import islice
 
 import torch
@@ -50,18 +51,28 @@ def train_epoch(run: TrainRun, started: float) -> None:
     """Take the rest of the current epoch, one optimizer step for each `grad_accum_steps` micro-batches."""
     state, options = run.state, run.options
     run.model.train()
-    batches = islice(run.loader.train_batches(state.epoch, start=state.batch), run.batches_per_epoch - state.batch)
-    for micro_batches in grouped(batches, options.grad_accum_steps):
-        train_step(run, micro_batches)
-        state.batch += len(micro_batches)
-        state.seconds = time.monotonic() - started
-        run.display.step(run)
-        in_epoch = state.batch < run.batches_per_epoch
-        if in_epoch and options.save_every_steps and state.step % options.save_every_steps == 0:
-            run.checkpoints.save(run, best=False)
-        if in_epoch and run.stop.requested:
-            run.checkpoints.save(run, best=False)
-            run.stop.check()
+    # Closed for certain, so that worker processes end with the epoch, also when an exception leaves it.
+    with closing(run.loader.train_batches(state.epoch, start=state.batch)) as epoch_batches:
+        batches = islice(epoch_batches, run.batches_per_epoch - state.batch)
+        for micro_batches in grouped(batches, options.grad_accum_steps):
+            train_step(run, micro_batches)
+            state.batch += len(micro_batches)
+            state.seconds = time.monotonic() - started
+            run.display.step(run)
+            if state.batch < run.batches_per_epoch:
+                save_if_due(run)
+
+
+def save_if_due(run: TrainRun) -> None:
+    """Save within an epoch when `save_every_steps` says so, or when a signal asks to stop.
+
+    Raises:
+        Interrupted: After the save, when a signal has arrived.
+    """
+    every = run.options.save_every_steps
+    if run.stop.requested or (every and run.state.step % every == 0):
+        run.checkpoints.save(run, best=False)
+        run.stop.check()
 
 
 def train_step(run: TrainRun, micro_batches: list[Batch]) -> None:
@@ -104,11 +115,12 @@ def evaluate_model(run: TrainRun, model: nn.Module, split: str, full_precision: 
     model.eval()
     metrics = run.task.metrics(run.device)
     logits: list[Tensor] = []
-    for batch in islice(run.loader.eval_batches(split), run.options.limit_eval_batches):
-        with torch.autocast(run.device.type, enabled=False) if full_precision else run.precision.autocast():
-            output = model(run.eval_images(batch))
-        metrics.update(output, batch.targets)
-        logits.append(output.float())
+    with closing(run.loader.eval_batches(split)) as batches:
+        for batch in islice(batches, run.options.limit_eval_batches):
+            with torch.autocast(run.device.type, enabled=False) if full_precision else run.precision.autocast():
+                output = model(run.eval_images(batch))
+            metrics.update(output, batch.targets)
+            logits.append(output.float())
     model.train(was_training)
     return metrics, torch.cat(logits).cpu()
 

@@ -21,6 +21,7 @@ class Monitor:
         self.best_epoch = -1
         self.best_row: dict[str, float] = {}
         self.bad_epochs = 0
+        self.reference: float | None = None  # the last real improvement, what min_delta is measured from
 
     @property
     def exhausted(self) -> bool:
@@ -34,9 +35,12 @@ class Monitor:
         """
         value = row[self.name]
         sign = 1.0 if self.mode == "max" else -1.0
-        gain = math.inf if self.best is None else sign * (value - self.best)
-        is_best = math.isfinite(value) and gain >= 0
-        self.bad_epochs = 0 if is_best and gain > self.min_delta else self.bad_epochs + 1
+        is_best = math.isfinite(value) and (self.best is None or sign * (value - self.best) >= 0)
+        gain = math.inf if self.reference is None else sign * (value - self.reference)
+        if is_best and gain > self.min_delta:
+            self.reference, self.bad_epochs = value, 0
+        else:
+            self.bad_epochs += 1
         if is_best:
             self.best, self.best_epoch, self.best_row = value, epoch, dict(row)
         return is_best
@@ -48,8 +52,9 @@ class Monitor:
             "best_epoch": self.best_epoch,
             "best_row": self.best_row,
             "bad_epochs": self.bad_epochs,
+            "reference": self.reference,
         }
 
     def load_state(self, state: dict[str, object]) -> None:
         """Take back `state`."""
-        self.__dict__.update({key: state[key] for key in ("best", "best_epoch", "best_row", "bad_epochs")})
+        self.__dict__.update({key: state[key] for key in ("best", "best_epoch", "best_row", "bad_epochs", "reference")})

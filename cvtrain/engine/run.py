@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,11 +24,11 @@ class Loader(Protocol):
 
     steps_per_epoch: int
 
-    def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def train_batches(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """Yield the epoch's batches in their seeded order, from batch number `start` on."""
         ...
 
-    def eval_batches(self, split: str) -> Iterator[Batch]:
+    def eval_batches(self, split: str) -> Generator[Batch, None, None]:
         """Yield `val` or `test` once, in order."""
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,18 @@ class NoLogger:
         """Do nothing."""
 
 
+def _leave_writer_errors_to_the_caller() -> None:
+    """Keep TensorBoard's writer thread from printing a traceback: the next call raises the same OSError."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if type(arguments.thread).__name__ != "_AsyncWriterThread" or not isinstance(arguments.exc_value, OSError):
+            before(arguments)
+
+    if getattr(before, "__name__", "") != "hook":
+        threading.excepthook = hook
+
+
 class TensorBoard(NoLogger):
     """TensorBoard event files in the run folder.
 
@@ -53,6 +66,7 @@ class TensorBoard(NoLogger):
         self.images = images
         self._writer: Any = None
         self._try(lambda: setattr(self, "_writer", SummaryWriter(str(folder), purge_step=purge_step)))
+        _leave_writer_errors_to_the_caller()
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Log each value under its name."""

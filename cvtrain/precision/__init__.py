@@ -180,6 +180,8 @@ class Amp(Precision):
                 value.backward()  # type: ignore[no-untyped-call]
                 if i:  # the first round pays for compilation of the kernels
                     times[low].append(time.perf_counter() - start)
+            if times[True] and times[True][-1] > 2 * times[False][-1]:
+                break  # far slower: no need to suffer more rounds of it
         return statistics.median(times[False]) / statistics.median(times[True])
 
 

@@ -98,14 +98,14 @@ def artifacts(rows: Sequence[Any], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     largest = max(row.bytes for row in rows)
-    for row in rows:
+    for i, row in enumerate(rows):
         error = [[100 * (row.delta - row.delta_low)], [100 * (row.delta_high - row.delta)]]
         axis.errorbar(row.latency_ms_p50, 100 * row.accuracy, yerr=error, color=INK, alpha=0.35, capsize=3)
         axis.scatter(row.latency_ms_p50, 100 * row.accuracy, s=60 + 500 * row.bytes / largest, alpha=0.75)
         axis.annotate(
             f"{row.artifact}\n{row.bytes / 1e6:.2f} MB",
             (row.latency_ms_p50, 100 * row.accuracy),
-            xytext=(12, 6),
+            xytext=(12, 6 if i % 2 else -16),  # artifacts often lie side by side
             textcoords="offset points",
             fontsize=8,
         )

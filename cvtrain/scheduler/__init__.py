@@ -39,9 +39,10 @@ class Schedule:
     def lr(self, base_lr: float, clock: Clock) -> float:
         """Return the learning rate of the step that is about to be taken."""
         warmup = min(round(self.warmup_epochs * clock.steps_per_epoch), clock.epochs * clock.steps_per_epoch)
-        if clock.step < warmup:
-            return base_lr * (clock.step + 1) / (warmup + 1)
         total = max(1, clock.epochs * clock.steps_per_epoch - warmup)
+        if clock.step < warmup:
+            first = self.after_warmup(base_lr, 0, total, clock.steps_per_epoch)
+            return first * (clock.step + 1) / (warmup + 1)
         return self.after_warmup(base_lr, clock.step - warmup, total, clock.steps_per_epoch)
 
     def after_warmup(self, base_lr: float, step: int, total: int, steps_per_epoch: int) -> float:
@@ -103,7 +104,7 @@ class OneCycle(Schedule):
         """Return the rate at `step`."""
         start = base_lr / self.div_factor
         peak = self.pct_start * total - 1
-        if step <= peak:
+        if step < peak:
             return _cosine(start, base_lr, step / peak)
         return _cosine(base_lr, start / self.final_div_factor, min(1.0, (step - peak) / max(1.0, total - 1 - peak)))
 

@@ -18,7 +18,6 @@ from cvtrain.model import LeNet5, SimpleCNN
         ("resnet50", 16, ".bn3"),
         ("mobilenet_v2", 10, ".conv.3"),
         ("efficientnet_b0", 9, ".block.3.1"),
-        ("regnet_y_400mf", 16, ".f.c.1"),
     ],
 )
 def test_every_residual_branch_of_a_torchvision_network_is_found_in_order(name, count, end):

@@ -78,14 +78,14 @@ def test_the_numbers_are_the_frozen_ones():
 
 
 def test_no_global_generator_is_read_or_moved():
-    np.random.seed(1)  # noqa: NPY002 - the global generator is the subject
+    np.random.seed(1)
     random.seed(1)
     torch.manual_seed(1)
-    before = (np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist())  # noqa: NPY002
+    before = (np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist())
     first = (column()[:5].tolist(), generator(4, "x").random(3).tolist(), step_seed(1, 2, 3))
-    after = (np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist())  # noqa: NPY002
+    after = (np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist())
     assert before == after
-    np.random.seed(2)  # noqa: NPY002
+    np.random.seed(2)
     torch.manual_seed(2)
     assert (column()[:5].tolist(), generator(4, "x").random(3).tolist(), step_seed(1, 2, 3)) == first
 

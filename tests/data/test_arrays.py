@@ -1,9 +1,7 @@
 """Data sets that are arrays: digits, MNIST's family, CIFAR, and the options of configs/data."""
 
-import gzip
 import inspect
 import pickle
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from PIL import Image
+from real_formats import idx, write_cifar10, write_cifar100, write_mnist
 
 from cvtrain.core.types import DataSets, Preprocess
 from cvtrain.data import CIFAR10, CIFAR100, MNIST, ArraySource, Digits, FashionMNIST
@@ -24,48 +23,6 @@ from cvtrain.errors import ConfigError, DataError
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 OPTIONS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-
-
-def idx(array):
-    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-
-
-def write_mnist(folder, train=60, test=20, packed=True):
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for part, count in (("train", train), ("t10k", test)):
-        arrays[f"{part}-images-idx3-ubyte"] = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        arrays[f"{part}-labels-idx1-ubyte"] = np.arange(count, dtype=np.uint8) % 10
-    for name, array in arrays.items():
-        if packed:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
-        else:
-            (folder / name).write_bytes(idx(array))
-    return arrays
-
-
-def write_cifar10(folder, protocol=2):
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    written = {}
-    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        data = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
-        written[name] = data
-        (folder / name).write_bytes(pickle.dumps({"data": data, "labels": [i % 10 for i in range(20)]}, protocol))
-    names = [f"class{i}" for i in range(10)]
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}, protocol))
-    return written
-
-
-def write_cifar100(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    for name, count in (("train", 400), ("test", 100)):
-        data = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
-        content = {"data": data, "fine_labels": [i % 100 for i in range(count)], "coarse_labels": [0] * count}
-        (folder / name).write_bytes(pickle.dumps(content, 4))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"f{i}" for i in range(100)]}, 4))
 
 
 def test_there_are_six_options():

@@ -16,7 +16,9 @@ OPTIONS = sorted((Path(__file__).resolve().parents[2] / "configs" / "optimizer")
 NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 
 
-@pytest.mark.parametrize("make", [lambda: SimpleCNN(10, 1, 8), lambda: models.resnet18(num_classes=2), lambda: models.swin_t(num_classes=2)])
+@pytest.mark.parametrize(
+    "make", [lambda: SimpleCNN(10, 1, 8), lambda: models.resnet18(num_classes=2), lambda: models.swin_t(num_classes=2)]
+)
 def test_norms_and_biases_are_spared_and_every_other_parameter_decays(make):
     with torch.device("meta"):
         model = make()
@@ -24,7 +26,9 @@ def test_norms_and_biases_are_spared_and_every_other_parameter_decays(make):
     assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.05]
     decayed = {name for group in groups if group["weight_decay"] for name in group["param_names"]}
     weights = {
-        f"{path}.weight" if path else "weight" for path, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))
+        f"{path}.weight" if path else "weight"
+        for path, m in model.named_modules()
+        if isinstance(m, (nn.Conv2d, nn.Linear))
     }
     norms = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, NORMS)}
     names = {name for name, _ in model.named_parameters()}
@@ -45,7 +49,10 @@ def test_names_and_parameters_of_a_group_belong_together():
 def test_frozen_parameters_are_left_out():
     model = SimpleCNN(10, 1, 8)
     model.features.requires_grad_(False)
-    assert sorted(name for group in param_groups(model, 0.1) for name in group["param_names"]) == ["head.bias", "head.weight"]
+    assert sorted(name for group in param_groups(model, 0.1) for name in group["param_names"]) == [
+        "head.bias",
+        "head.weight",
+    ]
 
 
 def test_without_weight_decay_there_is_one_group():

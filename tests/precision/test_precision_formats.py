@@ -33,9 +33,15 @@ def settings():
 def problem():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 4),
     )
-    images, labels = torch.randn(16, 3, 12, 12), torch.arange(16) % 4
+    labels = torch.arange(16) % 4
+    images = torch.randn(16, 3, 12, 12) + torch.randn(4, 3, 1, 1)[labels]
     return model, lambda trial: nn.functional.cross_entropy(trial(images).float(), labels)
 
 
@@ -77,7 +83,9 @@ def test_amp_says_in_one_line_what_it_computes_in(problem, caplog):
     assert ("native" if NATIVE is None else "×") in line
 
 
-@pytest.mark.parametrize(("ratio", "chosen"), [(0.5, "float32"), (0.999, "float32"), (1.0, "bfloat16"), (3.0, "bfloat16")])
+@pytest.mark.parametrize(
+    ("ratio", "chosen"), [(0.5, "float32"), (0.999, "float32"), (1.0, "bfloat16"), (3.0, "bfloat16")]
+)
 @needs_bf16
 def test_amp_takes_bf16_only_when_the_probe_finds_it_no_slower(problem, caplog, monkeypatch, ratio, chosen):
     caplog.set_level(logging.INFO, logger="cvtrain")
@@ -242,4 +250,6 @@ def test_every_precision_option_builds_what_it_names():
     for path, kind in zip(OPTIONS, (Amp, Bf16, Fp16, Fp32, Tf32), strict=True):
         built = instantiate(OmegaConf.load(path))
         assert type(built) is kind
-        assert {k: v for k, v in vars(built).items() if k != "scaler"} == {k: v for k, v in vars(kind()).items() if k != "scaler"}
+        assert {k: v for k, v in vars(built).items() if k != "scaler"} == {
+            k: v for k, v in vars(kind()).items() if k != "scaler"
+        }

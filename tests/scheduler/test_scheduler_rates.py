@@ -65,7 +65,9 @@ def test_onecycle_is_torchs_one_cycle_lr(pct_start, div, final, epochs, steps):
     assert found[-1] == pytest.approx(BASE / div / final)
 
 
-@pytest.mark.parametrize(("epochs", "steps", "pct_start"), [(1, 1, 0.3), (1, 2, 0.5), (1, 10, 0.1), (1, 4, 0.25), (2, 2, 0.01)])
+@pytest.mark.parametrize(
+    ("epochs", "steps", "pct_start"), [(1, 1, 0.3), (1, 2, 0.5), (1, 10, 0.1), (1, 4, 0.25), (2, 2, 0.01)]
+)
 def test_onecycle_has_a_rate_for_every_step_of_the_shortest_runs(epochs, steps, pct_start):
     rates = ours(OneCycle(pct_start), epochs, steps)
     assert all(0 < rate <= BASE * (1 + 1e-12) for rate in rates)
@@ -74,7 +76,7 @@ def test_onecycle_has_a_rate_for_every_step_of_the_shortest_runs(epochs, steps, 
 @pytest.mark.parametrize("mode", ["max", "min"])
 @pytest.mark.parametrize(("patience", "min_delta", "min_lr"), [(2, 0.0, 0.0), (0, 0.0, 0.05), (1, 0.03, 0.0)])
 def test_plateau_behind_the_runs_monitor_is_torchs_reduce_lr_on_plateau(mode, patience, min_delta, min_lr):
-    up = [0.5, 0.52, 0.54, 0.6, 0.6, 0.59, float("nan"), 0.58, 0.6, 0.61, 0.62, 0.63, 0.66, 0.5, 0.5, 0.5, 0.5, 0.7]
+    up = [0.5, 0.52, 0.54, 0.6, 0.6, 0.59, float("nan"), 0.58, 0.6, 0.61, 0.62, 0.625, 0.66, 0.5, 0.5, 0.5, 0.5, 0.7]
     values = up if mode == "max" else [1 - v for v in up]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=BASE)
     scheduler = lr_scheduler.ReduceLROnPlateau(
@@ -115,9 +117,9 @@ def test_the_warm_up_rises_in_equal_stairs_that_lead_into_the_schedule(make, war
     rates = ours(schedule)
     first = make().lr(BASE, Clock(0, STEPS, EPOCHS))
     stairs = [after - before for before, after in zip([0.0, *rates], rates[: warmup + 1], strict=False)]
-    assert stairs == pytest.approx([stairs[0]] * (warmup + 1), rel=0.2 if make is OneCycle else 1e-9)
+    assert stairs == pytest.approx([stairs[0]] * (warmup + 1), rel=1e-9)
     assert stairs[0] > 0
-    assert rates[warmup] == pytest.approx(first, rel=0.2 if make is OneCycle else 1e-9)
+    assert rates[warmup] == pytest.approx(first, rel=1e-9)
 
 
 @pytest.mark.parametrize("make", ALL)

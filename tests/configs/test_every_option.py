@@ -1,0 +1,86 @@
+"""Every option of every group is composed, built, stepped and resumed; a new one is found here without being named."""
+
+import pytest
+import torch
+from real_formats import write_for
+
+from cvtrain import catalog
+from cvtrain.build import Builder
+from cvtrain.command.train import build_run
+from cvtrain.compose import Composer
+from cvtrain.engine.loop import fit
+from cvtrain.engine.signals import StopRequest
+
+GROUPS = catalog.groups()
+OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options]
+QUICK = ["epochs=2", "limit_train_batches=2", "limit_eval_batches=1", "batch_size=16", "device=cpu", "workers=0"]
+NEEDS = {
+    ("regularizer", "stochastic_depth"): ["model=resnet18"],
+    ("data", "folder"): ["img_size=32"],
+}
+REFUSED_ON_CPU = {("precision", "fp16")}
+
+
+def test_the_number_of_groups_and_options_is_known():
+    assert len(GROUPS) == 15
+    assert len(OPTIONS) == 51
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def built(overrides, folder):
+    (folder / "weights").mkdir(parents=True, exist_ok=True)
+    config = Composer("train", None).check(overrides, [])[1]
+    builder = Builder(config, [])
+    sets, _ = builder.data()
+    run = build_run(builder, sets, torch.device("cpu"), folder, StopRequest())
+    run.tracker = builder.build("logger", folder=folder, purge_step=None)
+    return run
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{group}={option}" for group, option in OPTIONS])
+def test_an_option_builds_steps_and_resumes_to_the_same_weights(group, option, tmp_path):
+    if (group, option) in REFUSED_ON_CPU:
+        pytest.skip("needs a GPU; refused on a CPU with a message, see the front's tests")
+    overrides = [*QUICK, f"{group}={option}", *NEEDS.get((group, option), [])]
+    if group == "data":
+        overrides += write_for(option, tmp_path / "data")
+    if (group, option) == ("debug", "fdr"):
+        overrides += ["epochs=2"]
+    whole = built(overrides, tmp_path / "whole")
+    before = {name: value.clone() for name, value in whole.model.state_dict().items()}
+    fit(whole)
+    assert whole.state.step == 4
+    assert any(not torch.equal(value, before[name]) for name, value in whole.model.state_dict().items())
+
+    half = built(overrides, tmp_path / "parts")
+    fit_one_epoch(half)
+    rest = built(overrides, tmp_path / "parts")
+    assert rest.checkpoints.restore(rest) == "last.safetensors"
+    assert rest.state.step == 2
+    fit(rest)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, rest.model.state_dict()[name]), name
+    assert rest.state.history == whole.state.history
+
+
+class EnoughError(Exception):
+    pass
+
+
+def fit_one_epoch(run):
+    save = run.checkpoints.save
+
+    def save_and_leave(*args, **kwargs):
+        save(*args, **kwargs)
+        raise EnoughError
+
+    run.checkpoints.save = save_and_leave
+    with pytest.raises(EnoughError):
+        fit(run)
