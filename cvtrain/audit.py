@@ -27,10 +27,10 @@ HYDRA_TARGETS = frozenset(
         "optuna.samplers.GridSampler",
     }
 )
-LOGGING_CLASSES = frozenset(
-    {"logging.StreamHandler", "logging.FileHandler", "logging.Formatter", "logging.NullHandler"}
-)
-LOGGING_STREAMS = frozenset({"ext://sys.stdout", "ext://sys.stderr"})
+FREE_HYDRA_KEYS = ("overrides", "runtime", "job.override_dirname", "verbose")
+"""Below `hydra`: what Hydra itself writes down about a command, and its verbosity."""
+CHOSEN_HYDRA_KEYS = ("launcher", "sweeper")
+"""Below `hydra`: nodes that an option of Hydra's own may replace."""
 
 
 def audit(config: dict[str, Any], trusted: Sequence[str]) -> None:
@@ -44,6 +44,8 @@ def audit(config: dict[str, Any], trusted: Sequence[str]) -> None:
         ConfigError: A target is not allowed; the message names its key and the fix.
     """
     stated = config.get("trusted") or []
+    if not isinstance(stated, list):
+        raise ConfigError(f"trusted={stated} is not a list of packages; write trusted=[mypkg] on the command line.")
     if sorted(map(str, stated)) != sorted(trusted):
         raise ConfigError(
             f"trusted={list(stated)} stands in a YAML file. Give it on the command line: "
@@ -51,6 +53,9 @@ def audit(config: dict[str, Any], trusted: Sequence[str]) -> None:
         )
     allowed = shipped_targets()
     for path, key, value in _walk(config):
+        if "${" in key or (isinstance(value, str) and "${" in value):
+            # It would be resolved later, by then unseen.
+            raise ConfigError(f"{path}={value!r} is refused: an interpolation is left over after composing. Remove it.")
         if key != "_target_":
             continue
         if not isinstance(value, str) or not all(part.isidentifier() for part in value.split(".")):
@@ -65,26 +70,38 @@ def audit(config: dict[str, Any], trusted: Sequence[str]) -> None:
             raise ConfigError(f"{path}={value} is refused: it is not among the targets that cvtrain ships.\n{fix}")
 
 
-def audit_hydra(config: dict[str, Any]) -> None:
-    """Check the `hydra` node: only Hydra's own launchers, sweepers and plain logging may be named.
+def audit_hydra(config: dict[str, Any], shipped: dict[str, Any]) -> None:
+    """Check the `hydra` node: it must be the shipped one but for Hydra's own launchers and sweepers.
+
+    Hydra acts on this node by itself: it calls callbacks, configures logging, sets environment variables.
 
     Args:
         config: `cfg.hydra` as plain values, not resolved.
+        shipped: The same of a command without any override or folder of the user's.
 
     Raises:
-        ConfigError: A callback, an unknown target, or a logging class of somebody's.
+        ConfigError: Something else differs; the message names the key.
     """
-    for path, key, value in _walk(config):
-        where = f"hydra.{path}"
-        if key == "_target_" and value not in HYDRA_TARGETS:
+    before = {path: value for path, _, value in _walk(shipped) if not isinstance(value, (dict, list))}
+    now = {path: value for path, _, value in _walk(config) if not isinstance(value, (dict, list))}
+    for path in sorted(before.keys() | now.keys()):
+        if before.get(path) == now.get(path) and (path in before) == (path in now):
+            continue
+        value = now.get(path)
+        if path.startswith(FREE_HYDRA_KEYS):
+            continue
+        if path in ("run.dir", "sweep.dir", "sweep.subdir"):
             raise ConfigError(
-                f"{where}={value} is refused: only Hydra's own launchers and sweepers may be named there. Remove it."
+                f"hydra.{path}={value} is refused: cvtrain names the run folder. Use output_dir=DIR and name=NAME."
             )
-        if path.startswith(("job_logging.", "hydra_logging.")):
-            if key == "class" and value not in LOGGING_CLASSES:
-                raise ConfigError(f"{where}={value} is refused; logging classes: {', '.join(sorted(LOGGING_CLASSES))}.")
-            if key in ("()", "factory") or (isinstance(value, str) and "://" in value and value not in LOGGING_STREAMS):
-                raise ConfigError(f"{where}={value} is refused: a logging config may not name code. Remove it.")
+        chosen = path.startswith(CHOSEN_HYDRA_KEYS) and not path.startswith("sweeper.params") and "${" not in str(value)
+        is_target = path.rpartition(".")[2] == "_target_"
+        if not chosen or (is_target and value not in HYDRA_TARGETS):
+            raise ConfigError(
+                f"hydra.{path}={value} is refused: Hydra would act on it by itself. Only Hydra's own "
+                f"launchers, sweepers "
+                "and hydra.verbose may be chosen; sweep with -m key=a,b."
+            )
 
 
 def _walk(node: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:  # noqa: ANN401 - any plain value

@@ -104,7 +104,7 @@ class Builder:
         return source.load(img_size, self.config["aug"].get("eval_resize", 1.0), self.config["workers"]), source
 
     def loader(self, sets: DataSets, device: torch.device, rank: int, world_size: int) -> Loader:
-        """Build the loader and say which kind and why."""
+        """Build the loader."""
         config = self.config
         loader = Loader(
             sets,
@@ -151,7 +151,10 @@ class Builder:
         self._accepted("optimizer", target, kwargs, {})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            optimizer: torch.optim.Optimizer = target(groups, **kwargs)
+            try:
+                optimizer: torch.optim.Optimizer = target(groups, **kwargs)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ConfigError(f"optimizer: {node['_target_']} refuses its settings: {error}") from error
         return optimizer
 
     def options(self, rank: int) -> TrainOptions:
@@ -238,6 +241,12 @@ def resolve(target: str, trusted: Sequence[str]) -> Any:  # noqa: ANN401 - whate
                 continue
             raise ConfigError(
                 f"_target_={target}: importing {module_name} failed: {error}. Install what it needs."
+            ) from error
+        except Exception as error:
+            if package not in trusted:
+                raise
+            raise ConfigError(
+                f"_target_={target}: importing {module_name} failed: {type(error).__name__}: {error}"
             ) from error
         for name in parts[split:]:
             found = getattr(found, name, None)

@@ -26,6 +26,13 @@ def main() -> None:
         code = error.exit_code
     except KeyboardInterrupt:
         code = EXIT_SIGINT
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("hydra", "omegaconf", "yaml") and not isinstance(
+            error, RecursionError
+        ):
+            raise
+        _print_error(" ".join(str(error).split()) or type(error).__name__)
+        code = ConfigError.exit_code
     except BrokenPipeError:  # `cvtrain list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_OK
@@ -50,9 +57,17 @@ def run(argv: list[str]) -> int:
         sys.stdout.write(helptext.verb_help(verb) if argv[0] == verb else helptext.overview())
         return EXIT_OK
     if verb == "list":
-        sys.stdout.write(helptext.listing(rest))
+        sys.stdout.write(helptext.listing(*_folder_flag(rest)))
         return EXIT_OK
     return _hydra(verb, rest)
+
+
+def _folder_flag(words: list[str]) -> tuple[list[str], Path | None]:
+    for flag in ("-cd", "--config-dir"):
+        if flag in words[:-1]:
+            at = words.index(flag)
+            return words[:at] + words[at + 2 :], Path(words[at + 1])
+    return words, None
 
 
 def split_verb(argv: list[str]) -> tuple[str, list[str]]:
@@ -83,13 +98,13 @@ def _hydra(verb: str, argv: list[str]) -> int:
             "--experimental-rerun, --config-path and --config-name are not supported; put your own YAML "
             "into a folder and add -cd FOLDER"
         )
-    if args.shell_completion or args.info or args.hydra_help:
+    if args.shell_completion:
         return _hand_over(args, parser, verb, lambda config: None)
     composer = Composer(verb, args.config_dir)
     overrides = composer.parse(args.overrides)
     trusted = trusted_packages(overrides)
     _make_importable(trusted, composer.extra)
-    if args.cfg:
+    if args.cfg or args.info or args.hydra_help:
         return _show(composer, args, parser, verb, trusted)
     if args.multirun and verb != "train":
         raise ConfigError(f"-m sweeps trainings; cvtrain {verb} takes one run at a time: leave -m out.")
@@ -110,7 +125,11 @@ def _hydra(verb: str, argv: list[str]) -> int:
 
 
 def _show(composer: Composer, args: Any, parser: Any, verb: str, trusted: list[str]) -> int:  # noqa: ANN401 - argparse
-    composer.check(args.overrides, trusted)
+    _, config = composer.check(args.overrides, trusted)
+    if args.package is not None and args.package.split(".")[0] not in (*config, "hydra", "_global_"):
+        raise ConfigError(
+            f"--package {args.package} is not in the config; {did_you_mean(args.package, config, 'packages')}"
+        )
     return _hand_over(args, parser, verb, lambda config: None)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from cvtrain.errors import ConfigError, did_you_mean, nearest
 from cvtrain.schema import validate
 
 CONFIG_PATH = "pkg://cvtrain.configs"
+READABLE_VARIABLES = re.compile(r"HOME|USER|TMPDIR|DATA\w*|SLURM_\w+|CVTRAIN_\w+")
 CHECKED_JOBS = 256
 """In a larger sweep each value is still checked, but not every combination."""
 
@@ -46,6 +48,7 @@ class Composer:
     def __init__(self, verb: str, config_dir: str | None) -> None:
         self.verb = verb
         self.extra = Path(config_dir).absolute() if config_dir else None
+        OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
         search_path = create_config_search_path(CONFIG_PATH)
         if self.extra is not None:
             if not self.extra.is_dir():
@@ -85,11 +88,12 @@ class Composer:
             composed = self._compose(overrides)
         except yaml.YAMLError as error:
             raise ConfigError(f"YAML that does not parse: {' '.join(str(error).split())}") from error
-        except (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError) as error:
+        except (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError, RecursionError) as error:
             raise self._explain(error, overrides) from error
         HydraConfig.instance().set_config(composed)
-        hydra_node = OmegaConf.to_container(composed.hydra, resolve=False)
-        audit_hydra(hydra_node)  # type: ignore[arg-type]
+        if self.extra is not None or any("hydra" in text for text in overrides):  # else it is the shipped one
+            audit_hydra(_hydra_node(composed), _hydra_node(Composer(self.verb, None)._compose([])))
+            HydraConfig.instance().set_config(composed)
         config = plain(composed)
         audit(config, trusted)
         validate(config, trusted)
@@ -163,12 +167,30 @@ class Composer:
                 f"unknown key {key!r}; {did_you_mean(key, self._known_keys(overrides), 'keys')}\nA new key needs a "
                 f"plus: +{key}=…"
             )
-        return ConfigError(" ".join(text.split()))
+        return ConfigError(" ".join(text.split()) or f"the config does not compose: {type(error).__name__}")
 
     def _known_keys(self, overrides: Sequence[str]) -> list[str]:
         groups = catalog.groups(self.extra)
         chosen = [text for text in overrides if text.partition("=")[0] in groups]
         return sorted(_leaves(plain(self._compose(chosen))))
+
+
+def _hydra_node(composed: DictConfig) -> dict[str, Any]:
+    container = OmegaConf.to_container(composed.hydra, resolve=False)
+    return {str(key): value for key, value in container.items()} if isinstance(container, dict) else {}
+
+
+def _environment(name: str, default: str | None = None) -> str | None:
+    """Stand in for `oc.env`: a config is stored and shown, so it may read only variables that hold no secret.
+
+    Raises:
+        ConfigError: Another variable.
+    """
+    if not READABLE_VARIABLES.fullmatch(name):
+        raise ConfigError(
+            f"${{oc.env:{name}}} is refused; a config may read HOME, USER, TMPDIR, DATA…, SLURM_… and CVTRAIN_…."
+        )
+    return os.environ.get(name, default)
 
 
 def plain(composed: DictConfig) -> dict[str, Any]:
@@ -183,8 +205,9 @@ def plain(composed: DictConfig) -> dict[str, Any]:
     config.pop("hydra", None)
     try:
         container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+    except (OmegaConfBaseException, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error.__cause__ or error).__name__
+        raise ConfigError(f"an interpolation does not resolve: {reason}") from error
     if not isinstance(container, dict):
         raise ConfigError("the config is not a mapping.")
     return {str(key): value for key, value in container.items()}
@@ -215,9 +238,9 @@ def trusted_packages(overrides: Sequence[Override]) -> list[str]:
     return found
 
 
-def group_choices(composed: DictConfig) -> dict[str, str]:
-    """Return which option each group has."""
-    return {str(key): str(value) for key, value in composed.hydra.runtime.choices.items() if "hydra" not in str(key)}
+def group_choices(choices: Mapping[Any, Any]) -> dict[str, str]:
+    """Return which option each group has, from `hydra.runtime.choices`."""
+    return {str(key): str(value) for key, value in choices.items() if "hydra" not in str(key)}
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from cvtrain import catalog
 from cvtrain.errors import ConfigError, did_you_mean
 
@@ -65,13 +67,13 @@ def verb_help(verb: str) -> str:
     return "\n".join(lines)
 
 
-def listing(words: list[str]) -> str:
-    """Return the page of `cvtrain list [GROUP]`.
+def listing(words: list[str], extra: Path | None = None) -> str:
+    """Return the page of `cvtrain list [GROUP]`, the options of the `-cd` folder `extra` included.
 
     Raises:
         ConfigError: Unknown group.
     """
-    groups = catalog.groups()
+    groups = catalog.groups(extra)
     if not words:
         return "".join(f"{group:<14}{' '.join(options)}\n" for group, options in groups.items())
     unknown = [word for word in words if word not in groups]

@@ -115,6 +115,8 @@ def locked(folder: Path) -> Iterator[None]:
             raise LockedError(
                 f"{folder} is in use by process {file.read().strip()}. Wait for it, or start another run."
             ) from None
+        except OSError as error:  # a network mount without locks
+            raise storage_error(path, error) from error
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

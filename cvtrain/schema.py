@@ -41,6 +41,7 @@ class Rule:
         choices: The only values allowed.
         optional: Whether null is allowed.
         item: Rule of a list's items.
+        length: How many items a list has; None: one or more, or any number for a list of text.
         also: Values allowed besides, such as `auto`.
     """
 
@@ -52,6 +53,7 @@ class Rule:
     choices: Sequence[str] | None = None
     optional: bool = False
     item: Rule | None = None
+    length: int | None = None
     also: Sequence[Any] = ()
 
     def expected(self) -> str:
@@ -70,7 +72,7 @@ class Rule:
         if self.high is not None:
             words += f"{' and' if self.low is not None else ''} {'below' if self.below else 'at most'} {self.high:g}"
         if self.item is not None:
-            words += f" of items that are {self.item.expected()}"
+            words += f" of {self.length or 'one or more'} items, each {self.item.expected()}"
         extra = [str(value) for value in self.also] + (["null"] if self.optional else [])
         return words + (f", or {' or '.join(extra)}" if extra else "")
 
@@ -81,7 +83,7 @@ class Rule:
         if value in self.also and isinstance(value, (str, bool)):
             return True
         if self.kind == "list":
-            return isinstance(value, list) and (self.item is None or all(self.item.accepts(v) for v in value))
+            return self._accepts_list(value)
         if self.kind == "bool":
             return isinstance(value, bool)
         if self.kind == "str":
@@ -89,6 +91,13 @@ class Rule:
         if isinstance(value, bool) or not isinstance(value, int if self.kind == "int" else (int, float)):
             return False
         return self._in_range(float(value))
+
+    def _accepts_list(self, value: Any) -> bool:  # noqa: ANN401 - any plain value
+        if not isinstance(value, list) or (self.item is not None and not all(self.item.accepts(v) for v in value)):
+            return False
+        if self.length is not None:
+            return len(value) == self.length
+        return bool(value) or self.item is TEXT
 
     def _in_range(self, value: float) -> bool:
         if not math.isfinite(value):
@@ -105,10 +114,11 @@ SHARE = Rule("float", low=0, high=1)
 SHARE_BELOW_1 = Rule("float", low=0, high=1, below=True)
 NOT_NEGATIVE = Rule("float", low=0)
 POSITIVE = Rule("float", low=0, above=True)
+SEED = Rule("int", low=0, high=2**63 - 1)
 FLAG = Rule("bool")
 TEXT = Rule("str")
 TEXT_OR_NULL = Rule("str", optional=True)
-PAIR = Rule("list", item=Rule("float"))
+PAIR = Rule("list", item=Rule("float"), length=2)
 
 RULES: dict[str, Rule] = {
     # the run
@@ -119,7 +129,7 @@ RULES: dict[str, Rule] = {
     "grad_accum_steps": COUNT,
     "clip_grad_norm": Rule("float", low=0, above=True, optional=True),
     "img_size": COUNT_OR_NULL,
-    "seed": WHOLE,
+    "seed": SEED,
     "device": TEXT,
     "channels_last": FLAG,
     "threads": COUNT_OR_NULL,
@@ -144,7 +154,7 @@ RULES: dict[str, Rule] = {
     "download": FLAG,
     "val_fraction": Rule("float", low=0, high=1, above=True, below=True),
     "test_fraction": Rule("float", low=0, high=1, above=True, below=True),
-    "split_seed": WHOLE,
+    "split_seed": SEED,
     "mean": Rule("list", item=Rule("float"), optional=True),
     "std": Rule("list", item=POSITIVE, optional=True),
     "channels": Rule("int", low=1),
@@ -173,7 +183,7 @@ RULES: dict[str, Rule] = {
     "lr": POSITIVE,
     "momentum": SHARE_BELOW_1,
     "nesterov": FLAG,
-    "betas": Rule("list", item=SHARE_BELOW_1),
+    "betas": Rule("list", item=SHARE_BELOW_1, length=2),
     "weight_decay": NOT_NEGATIVE,
     "fused": FLAG,
     "warmup_epochs": NOT_NEGATIVE,
@@ -280,9 +290,12 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
             f"compression=[{','.join(steps)}]: ptq_static leaves PyTorch, so it must come last: "
             f"compression=[{','.join([s for s in steps if s != 'ptq_static'] + ['ptq_static'])}]"
         )
+    if config["batch_size"] < 2:
+        yield "batch_size=1 is not allowed: batch norm needs two pictures; use batch_size=2 and grad_accum_steps"
     if config["max_time"] is not None:
         try:
-            seconds(str(config["max_time"]))
+            if seconds(str(config["max_time"])) <= 0:
+                raise ValueError
         except ValueError:
             yield f"max_time={config['max_time']} is not a duration; write 90s, 30m, 2h or 1h30m"
     fractions = [config["data"].get(key) or 0 for key in ("val_fraction", "test_fraction")]

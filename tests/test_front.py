@@ -194,6 +194,69 @@ def test_code_named_below_hydra_is_refused(cvtrain, tmp_path, override):
     assert list(tmp_path.iterdir()) == []
 
 
+HOSTILE_YAML = {
+    "a callback made by a resolver": (
+        "experiment/mine.yaml",
+        "# @package _global_\nhydra:\n  callbacks:\n    x: ${oc.create:'{_target_: builtins.open, file: MARK, mode: w}'}\n",
+        ["experiment=mine"],
+    ),
+    "a value resolved a second time": (
+        "model/mine.yaml",
+        "_target_: cvtrain.model.torchvision_model\nname: '\\${oc.create:{_target_:builtins.open,file:MARK,mode:w}}'\n",
+        ["model=mine"],
+    ),
+    "a log file of its choice": (
+        "experiment/mine.yaml",
+        "# @package _global_\nhydra: {job_logging: {handlers: {file: {filename: MARK}}}}\n",
+        ["experiment=mine"],
+    ),
+    "environment variables": (
+        "experiment/mine.yaml",
+        "# @package _global_\nhydra: {job: {env_set: {PATH: /tmp}}}\n",
+        ["experiment=mine"],
+    ),
+    "overrides given by the sweeper": (
+        "experiment/mine.yaml",
+        "# @package _global_\nhydra: {sweeper: {params: {seed: '0,1'}}}\n",
+        ["-m", "experiment=mine"],
+    ),
+    "a handler shown with the help": (
+        "hydra/hydra_logging/mine.yaml",
+        "version: 1\nhandlers: {x: {class: logging.FileHandler, filename: MARK, mode: w}}\nroot: {handlers: [x]}\n",
+        ["--hydra-help", "hydra/hydra_logging=mine"],
+    ),
+    "a secret of the environment": (
+        "experiment/mine.yaml",
+        "# @package _global_\nname: ${oc.env:SECRET_TOKEN}\n",
+        ["experiment=mine"],
+    ),
+    "a run folder anywhere": (
+        "experiment/mine.yaml",
+        "# @package _global_\nhydra: {run: {dir: MARK}}\n",
+        ["experiment=mine"],
+    ),
+    "nesting without end": (
+        "experiment/mine.yaml",
+        "# @package _global_\nname: " + "[" * 3000 + "\n",
+        ["experiment=mine"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_YAML)
+def test_a_hostile_yaml_is_refused_and_leaves_no_mark(cvtrain, tmp_path, monkeypatch, case):
+    monkeypatch.setenv("SECRET_TOKEN", "s3cret")
+    name, text, argv = HOSTILE_YAML[case]
+    path = tmp_path / "conf" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(text.replace("MARK", str(tmp_path / "mark")))
+    answer = cvtrain(*argv, "-cd", "conf")
+    assert answer.code == 2, answer.err
+    assert "Traceback" not in answer.err
+    assert "s3cret" not in answer.err + answer.out
+    assert [entry.name for entry in tmp_path.iterdir()] == ["conf"]
+
+
 @pytest.mark.parametrize("part", ["handlers", "formatters"])
 def test_a_logging_config_that_names_a_factory_is_refused(cvtrain, tmp_path, part):
     (tmp_path / "conf" / "hydra" / "job_logging").mkdir(parents=True)
@@ -201,7 +264,8 @@ def test_a_logging_config_that_names_a_factory_is_refused(cvtrain, tmp_path, par
     (tmp_path / "conf" / "hydra" / "job_logging" / "mine.yaml").write_text(text)
     answer = cvtrain("-cd", "conf", "hydra/job_logging=mine")
     assert answer.code == 2
-    assert f"hydra.job_logging.{part}.x.()=os.system is refused" in answer.err
+    assert "hydra.job_logging" in answer.err
+    assert "refused" in answer.err
     assert [path.name for path in tmp_path.iterdir()] == ["conf"]
 
 

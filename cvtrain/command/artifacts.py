@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from cvtrain.engine.checkpoint import NoCheckpoints
 from cvtrain.engine.loop import fit
 from cvtrain.engine.monitor import Monitor
 from cvtrain.engine.run import Silent, TrainRun, TrainState
+from cvtrain.errors import CvtrainError, Interrupted, StorageError
 from cvtrain.evaluation.proof import ProofRow, prove, write_artifacts_csv
 from cvtrain.export import export_onnx, write_preprocess
 from cvtrain.logger import NoLogger
@@ -32,7 +34,9 @@ FINETUNE_LR = 0.1
 """Share of the run's learning rate that fine-tuning after a compression step starts from."""
 
 
-def make_artifacts(builder: Builder, run: TrainRun, folder: Path, metadata: dict[str, str]) -> list[ProofRow]:
+def make_artifacts(
+    builder: Builder, run: TrainRun, folder: Path, metadata: dict[str, str]
+) -> tuple[list[ProofRow], list[CvtrainError]]:
     """Compress and export the trained model; write artifacts.csv and artifacts.png.
 
     Args:
@@ -42,7 +46,7 @@ def make_artifacts(builder: Builder, run: TrainRun, folder: Path, metadata: dict
         metadata: What every file carries.
 
     Returns:
-        One row an artifact, the float model first.
+        One row an artifact, the float model first; and what went wrong with the artifacts that are missing.
     """
     model = lay_out(run.model, torch.device("cpu"), channels_last=False).eval()
     size = run.preprocess.img_size
@@ -50,29 +54,36 @@ def make_artifacts(builder: Builder, run: TrainRun, folder: Path, metadata: dict
     deployed = folder / "weights" / "model.safetensors"
     reference = Artifact("fp32", deployed, TORCH, count_params(model), count_macs(model, example), model=model)
     artifacts: list[Artifact] = []
-    for artifact in _exported(builder, model, example, folder / "export", metadata):
-        if artifact.runtime == TORCH:  # the same weights again: one row, of the file that is meant to be given away
-            reference = dataclasses.replace(reference, path=artifact.path)
-        else:
-            artifacts.append(artifact)
-    artifacts += _compressed(builder, run, model, example, folder / "compressed", metadata)
+    failures: list[CvtrainError] = []
+    for name, exporter in builder.build_each("export").items():
+        log.info("export: %s", name)
+        (folder / "export").mkdir(exist_ok=True)
+        write_preprocess(folder / "export", metadata)
+        with _noted(failures, f"export={name}"):
+            artifact = exporter.export(model, example, folder / "export", metadata)
+            if artifact.runtime == TORCH:  # the same weights again: one row, of the file that is meant to be given away
+                reference = dataclasses.replace(reference, path=artifact.path)
+            else:
+                artifacts.append(artifact)
+    with _noted(failures, "compression"):
+        artifacts += _compressed(builder, run, model, example, folder / "compressed", metadata)
     threads = torch.get_num_threads()
     rows = prove(reference, artifacts, lambda: _labelled(run), example, threads=threads, run_folder=folder)
     write_artifacts_csv(rows, folder / "artifacts.csv")
     plots.artifacts(rows, folder / "artifacts.png")
-    return rows
+    return rows, failures
 
 
-def _exported(
-    builder: Builder, model: nn.Module, example: Tensor, folder: Path, metadata: dict[str, str]
-) -> Iterator[Artifact]:
-    exporters = builder.build_each("export")
-    if exporters:
-        folder.mkdir(exist_ok=True)
-        log.info("export: %s", ", ".join(exporters))
-        write_preprocess(folder, metadata)
-    for exporter in exporters.values():
-        yield exporter.export(model, example, folder, metadata)
+@contextmanager
+def _noted(failures: list[CvtrainError], what: str) -> Iterator[None]:
+    """Let the other artifacts be made when one fails; a request to stop and a full disk end the run at once."""
+    try:
+        yield
+    except (Interrupted, StorageError):
+        raise
+    except CvtrainError as error:
+        log.warning("%s failed: %s", what, error)
+        failures.append(error)
 
 
 def _compressed(
@@ -95,13 +106,15 @@ def _compressed(
 
 
 def _calibration(run: TrainRun) -> Iterator[Tensor]:
-    for batch in run.loader.train_batches(0):  # in the seeded order: a folder's own order is class by class
-        yield run.preprocess(batch.images).cpu()
+    with closing(run.loader.train_batches(0)) as batches:  # in the seeded order: a folder's own is class by class
+        for batch in batches:
+            yield run.preprocess(batch.images).cpu()
 
 
 def _labelled(run: TrainRun) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in islice(run.loader.eval_batches("test"), run.options.limit_eval_batches):
-        yield run.preprocess(batch.images).cpu(), batch.targets.cpu()
+    with closing(run.loader.eval_batches("test")) as batches:
+        for batch in islice(batches, run.options.limit_eval_batches):
+            yield run.preprocess(batch.images).cpu(), batch.targets.cpu()
 
 
 def _finetune(builder: Builder, run: TrainRun, model: nn.Module, epochs: int) -> None:
@@ -109,7 +122,7 @@ def _finetune(builder: Builder, run: TrainRun, model: nn.Module, epochs: int) ->
     options = dataclasses.replace(
         run.options,
         epochs=epochs,
-        seed=run.options.seed + 1,  # other orders and augmentations than the epochs before
+        seed=run.options.seed + 1,  # other augmentations than in the epochs before
         base_lr=run.options.base_lr * FINETUNE_LR,
         save_every_steps=None,
         max_seconds=None,

@@ -50,7 +50,12 @@ def load(config: dict[str, Any], trusted: list[str]) -> Deployed:
     if not isinstance(names, list) or not isinstance(preprocess, dict) or not isinstance(node, dict):
         raise WeightsError(f"{path} has metadata of another kind. Use weights/model.safetensors of a run.")
     audit({"model": node, "trusted": trusted}, trusted)  # a file's config is no more trusted than any other
-    prep = Preprocess.from_dict(preprocess)
+    try:
+        prep = Preprocess.from_dict(preprocess)
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{path} has a damaged preprocessing ({error!r}). Use weights/model.safetensors of a run."
+        ) from error
     builder = Builder({"model": node, "device": config["device"]}, trusted)
     device = builder.device()
     model = build_model(builder, node, len(names), prep.channels, prep.img_size)
@@ -72,7 +77,10 @@ def run_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"run={folder} is not a run folder: it has no {runs.ARGS}. Use the folder that a run printed."
         )
-    container = OmegaConf.to_container(OmegaConf.load(path))
+    try:
+        container = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # whatever YAML and OmegaConf raise for a torn file
+        raise ConfigError(f"{path} does not parse: {' '.join(str(error).split())}") from error
     if not isinstance(container, dict):
         raise ConfigError(f"{path} is not a mapping.")
     plain: dict[str, Any] = json.loads(json.dumps(container))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import sys
 import time
 import traceback
@@ -13,6 +14,8 @@ from typing import Any
 from cvtrain import runs
 from cvtrain.core.files import storage_error, to_json_line
 from cvtrain.errors import EXIT_SIGINT, CvtrainError, Interrupted, OutOfMemoryError
+
+STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
 
 @dataclass
@@ -70,6 +73,8 @@ def _execute_locked(config: dict[str, Any], folder: Path, trusted: list[str], ch
         state, retryable = runs.ending(error)
         runs.write_status(folder, state, error.exit_code, str(error), retryable)
         outcome.status, outcome.exit_code, outcome.error = state, error.exit_code, error
+        summary = runs.read_json(folder / "metrics.json")  # there when only an artifact failed
+        outcome.metrics, outcome.data = summary.get("metrics", {}), summary.get("data", {})
         traceback.clear_frames(caught.__traceback__)  # a sweep must not keep the model of a failed job
     return outcome
 
@@ -79,14 +84,14 @@ def _known(error: BaseException, folder: Path) -> CvtrainError:
         return error
     if isinstance(error, KeyboardInterrupt):
         return Interrupted("stopped by SIGINT.", EXIT_SIGINT)
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in str(error):
         return OutOfMemoryError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'no memory left'}\n"
             "Lower batch_size (and raise grad_accum_steps to keep the effective batch), use precision=amp, "
             "or lower img_size."
         )
-    if isinstance(error, OSError) and error.errno is not None and error.filename:
-        return storage_error(Path(str(error.filename)), error)
+    if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+        return storage_error(Path(str(error.filename)) if error.filename else folder / runs.STATUS, error)
     text = "".join(traceback.format_exception(error))
     try:
         (folder / "crash.txt").write_text(text)

@@ -49,7 +49,7 @@ def write_manifest(
                 "name": sets.name,
                 "classes": sets.class_names,
                 **sets.counts(),
-                "fingerprint": _fingerprint(sets),
+                "fingerprint": fingerprint(sets),
             },
             "git": git_sha(),
         },
@@ -86,7 +86,8 @@ def git_sha() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _fingerprint(sets: DataSets) -> str:
+def fingerprint(sets: DataSets) -> str:
+    """Return a SHA-256 over the labels and names of every split, in order: what a resume must find again."""
     digest = hashlib.sha256()
     for source in (sets.train, sets.val, sets.test):
         digest.update(np.ascontiguousarray(source.labels).tobytes())

@@ -24,7 +24,7 @@ def run(
     trusted: list[str],
 ) -> int:
     """Train once; return the exit code. Nothing was written before this."""
-    choices = group_choices(composed)
+    choices = group_choices(composed.hydra.runtime.choices)
     folder = choose_folder(config, choices)
     outcome = finished_outcome(folder) if config["resume"] != "none" and runs.is_finished(folder) else None
     if outcome is None:

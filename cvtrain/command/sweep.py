@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import re
 import sys
@@ -17,7 +18,7 @@ from cvtrain.audit import audit
 from cvtrain.command.handover import quoted, to_hydra
 from cvtrain.command.job import Outcome, execute
 from cvtrain.command.single import finished_outcome
-from cvtrain.compose import Composer, plain
+from cvtrain.compose import Composer, group_choices, plain
 from cvtrain.core.files import to_json_line, write_json
 from cvtrain.errors import EXIT_BUG, EXIT_OK, CvtrainError, Interrupted
 from cvtrain.schema import validate
@@ -39,47 +40,50 @@ def run(composer: Composer, args: argparse.Namespace, parser: argparse.ArgumentP
     write_json(folder / "sweep.json", {"overrides": _identity(args.overrides)})
     args.overrides += [quoted("hydra.sweep.dir", folder)]
     outcomes: dict[str, Outcome] = {}
-
-    def task(composed: DictConfig) -> float:
-        return _run_job(composed, trusted, outcomes, len(jobs))
-
-    try:
-        to_hydra(args, parser, "train", task)
-    except CvtrainError as error:
-        if isinstance(error, Interrupted):
-            sys.stderr.write(f"cvtrain: {error}\nGo on with the same command and resume=auto\n")
-            return error.exit_code
-    return _report(outcomes, folder, bool(configs[0]["json"]))
+    with contextlib.suppress(CvtrainError):  # told when it happened; the table and the exit code say it again
+        to_hydra(args, parser, "train", lambda composed: _run_job(composed, trusted, outcomes, len(jobs)))
+    code = _report(outcomes, folder, bool(configs[0]["json"]), len(jobs))
+    stopped = [o for o in outcomes.values() if isinstance(o.error, Interrupted)]
+    if stopped:
+        sys.stderr.write("cvtrain: the sweep was stopped; go on with the same command and resume=auto\n")
+        return stopped[0].exit_code
+    return code
 
 
 def job_folder(overrides: Any) -> str:  # noqa: ANN401 - omegaconf's ListConfig
-    """Return a folder name made of a job's overrides: readable, one level, never too long."""
+    """Return a folder name made of a job's overrides: readable, one level, never too long, no two alike."""
     kept = [str(text) for text in overrides if not str(text).lstrip("+~").startswith(OMITTED)]
-    name = re.sub(r"[^\w=.,+~\[\]-]+", "-", ",".join(kept)) or "job"
-    if len(name) > LONGEST_NAME:
-        name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return name
+    whole = ",".join(kept)
+    name = re.sub(r"[^\w=.,+~\[\]-]+", "-", whole)[:LONGEST_NAME] or "job"
+    return name if name == whole or not whole else f"{name}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def _run_job(composed: DictConfig, trusted: list[str], outcomes: dict[str, Outcome], total: int) -> float:
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    config = plain(composed)
-    audit(config, trusted)
-    validate(config, trusted)
-    if config["resume"] != "none" and runs.is_finished(folder):
-        outcome = finished_outcome(folder)
-    else:
-        sys.stderr.write(f"job {len(outcomes) + 1}/{total}: {folder.name}\n")
-        choices = {str(key): str(value) for key, value in hydra.runtime.choices.items() if "hydra" not in str(key)}
-        outcome = execute(config, folder, trusted, choices)
+    if any(isinstance(outcome.error, Interrupted) for outcome in outcomes.values()):
+        raise Interrupted("not started: the sweep was stopped.")
+    outcome = _outcome(composed, folder, trusted, f"job {len(outcomes) + 1}/{total}: {folder.name}")
     outcomes[folder.name] = outcome
     if outcome.error is not None:  # told now, not after the last job; Hydra must see an exception, never SystemExit
         sys.stderr.write(f"cvtrain: job {folder.name} failed: {outcome.error}\n")
-        if isinstance(outcome.error, Interrupted):
-            raise KeyboardInterrupt
         raise outcome.error
-    return float(outcome.metrics.get(config["monitor"], float("nan")))
+    return float(outcome.metrics.get(composed.monitor, float("nan")))
+
+
+def _outcome(composed: DictConfig, folder: Path, trusted: list[str], announcement: str) -> Outcome:
+    try:
+        config = plain(composed)
+        audit(config, trusted)
+        validate(config, trusted)
+    except CvtrainError as error:  # a combination that was not among the ones checked before the start
+        return Outcome(run=str(folder), status="failed", exit_code=error.exit_code, error=error)
+    manifest = runs.read_json(folder / "manifest.json")
+    same = manifest.get("config_hash") == runs.config_hash(config)
+    if config["resume"] != "none" and same and runs.is_finished(folder):
+        return finished_outcome(folder)
+    sys.stderr.write(f"{announcement}\n")
+    return execute(config, folder, trusted, group_choices(HydraConfig.get().runtime.choices))
 
 
 def _identity(overrides: list[str]) -> list[str]:
@@ -95,22 +99,17 @@ def _sweep_folder(config: dict[str, Any], overrides: list[str]) -> Path:
     return runs.create_folder(parent)
 
 
-def _report(outcomes: dict[str, Outcome], folder: Path, as_json: bool) -> int:
+def _report(outcomes: dict[str, Outcome], folder: Path, as_json: bool, total: int) -> int:
     from cvtrain.report.console import make_console, sweep_table
 
     rows = [
-        {"name": name, "exit_code": o.exit_code, "metrics": o.metrics, "seconds": o.seconds, "folder": o.run}
+        {"name": name, "run": o.run, "exit_code": o.exit_code, "metrics": o.metrics, "seconds": o.seconds}
         for name, o in outcomes.items()
     ]
     make_console(as_json).print(sweep_table(rows))
-    code = EXIT_OK if all(o.exit_code == EXIT_OK for o in outcomes.values()) else EXIT_BUG
-    status = "done" if code == EXIT_OK else "failed"
-    line = {
-        "run": str(folder),
-        "status": status,
-        "exit_code": code,
-        "jobs": [{**row, "run": row.pop("folder")} for row in rows],
-    }
+    good = len(outcomes) == total and all(outcome.exit_code == EXIT_OK for outcome in outcomes.values())
+    code = EXIT_OK if good else EXIT_BUG
+    line = {"run": str(folder), "status": "done" if good else "failed", "exit_code": code, "jobs": rows}
     write_json(folder / "sweep.json", {**runs.read_json(folder / "sweep.json"), **line})
     sys.stdout.write((to_json_line(line) if as_json else str(folder)) + "\n")
     return code

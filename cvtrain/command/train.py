@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,24 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from cvtrain import __version__, runs
 from cvtrain.build import Builder, lay_out
 from cvtrain.command.artifacts import make_artifacts
-from cvtrain.command.provenance import deployment_metadata, write_manifest
+from cvtrain.command.provenance import deployment_metadata, fingerprint, write_manifest
 from cvtrain.command.results import Evaluation, write_results
 from cvtrain.core import distributed, weights
 from cvtrain.core.complexity import count_params
 from cvtrain.core.files import write_atomic, write_json
 from cvtrain.core.metrics import ClassificationMetrics
-from cvtrain.core.types import DataSets
-from cvtrain.engine.checkpoint import BEST, CheckpointStore
+from cvtrain.core.types import Batch, DataSets
+from cvtrain.engine.checkpoint import BEST, LAST, CheckpointStore
 from cvtrain.engine.loop import evaluate_model, fit
 from cvtrain.engine.monitor import Monitor
 from cvtrain.engine.run import TrainRun, TrainState
 from cvtrain.engine.signals import StopRequest
-from cvtrain.errors import ConfigError
+from cvtrain.errors import ConfigError, DataError
 from cvtrain.logger import NoLogger
 from cvtrain.report import plots
 from cvtrain.report.console import Progressing, artifacts_table, attach_log, make_console
@@ -67,6 +68,7 @@ def train(config: dict[str, Any], folder: Path, trusted: list[str], choices: dic
     write_atomic(folder / runs.ARGS, OmegaConf.to_yaml(OmegaConf.create(config)))
     with StopRequest() as stop:
         sets, source = builder.data()
+        _refuse_changed_data(folder, sets)
         write_manifest(folder, config, choices, sets, device)
         for note in sets.notes:
             log.info("data: %s", note)
@@ -86,6 +88,15 @@ def train(config: dict[str, Any], folder: Path, trusted: list[str], choices: dic
             run.tracker.close()
 
 
+def _refuse_changed_data(folder: Path, sets: DataSets) -> None:
+    stored = runs.read_json(folder / "manifest.json").get("data", {}).get("fingerprint")
+    if stored not in (None, fingerprint(sets)) and (folder / "weights" / LAST).exists():
+        raise DataError(
+            f"data {sets.name} has changed since {folder} was started: other files or labels would move between train, "
+            "val and test.\nBring the data back as it was, or start a new run with resume=none."
+        )
+
+
 def build_run(builder: Builder, sets: DataSets, device: torch.device, folder: Path, stop: StopRequest) -> TrainRun:
     """Build every part of the run; nothing has trained yet.
 
@@ -97,6 +108,8 @@ def build_run(builder: Builder, sets: DataSets, device: torch.device, folder: Pa
         raise ConfigError(
             f"monitor=val/top5 needs more than 5 classes, this data has {sets.num_classes}; use monitor=val/acc."
         )
+    if distributed.world_size() > 1:
+        raise ConfigError("several processes (torchrun) are not supported yet; start cvtrain by itself.")
     rank = distributed.rank()
     loader = builder.loader(sets, device, rank, distributed.world_size())
     regularizers = list(builder.build_each("regularizer").values())
@@ -138,19 +151,22 @@ def build_run(builder: Builder, sets: DataSets, device: torch.device, folder: Pa
     )
     log.info("loader: %s, %s", loader.mode, loader.reason)
     log.info("device: %s, %d CPU threads; %s parameters", device, torch.get_num_threads(), f"{count_params(model):,}")
-    run.precision.setup(device, model, lambda trial: _one_loss(run, trial))
+    batch = first_batch(run, 0)
+    images, targets = run.train_images(batch, 0), run.task.encode(batch.targets)
+    run.precision.setup(device, model, lambda trial: run.task.losses(trial, images, targets)["loss"])
     return run
 
 
-def _one_loss(run: TrainRun, model: nn.Module) -> Tensor:
-    batch = next(iter(run.loader.train_batches(0)))
-    return run.task.losses(model, run.train_images(batch, 0), run.task.encode(batch.targets))["loss"]
+def first_batch(run: TrainRun, epoch: int) -> Batch:
+    """Return an epoch's first training batch; worker processes end with it."""
+    with closing(run.loader.train_batches(epoch)) as batches:
+        return next(batches)
 
 
 def show_batch(run: TrainRun, folder: Path, class_names: list[str]) -> None:
     """Write what the model is about to see: an augmented training batch with its labels, and log it."""
     options, state = run.options, run.state
-    batch = next(iter(run.loader.train_batches(state.epoch)))
+    batch = first_batch(run, state.epoch)
     images = run.augmentation.samples(batch.images, batch.indices, options.seed, state.epoch, run.preprocess.img_size)
     targets = run.task.encode(batch.targets)
     images, targets = run.augmentation.mix(images, targets, options.seed, state.step, options.rank)
@@ -188,14 +204,17 @@ def conclude(builder: Builder, run: TrainRun, sets: DataSets, folder: Path, cons
         f"trained {run.state.seconds:.1f} s; test accuracy {100 * results['test/acc']:.2f} % "
         f"[{100 * low:.2f}, {100 * high:.2f}] on {seen} pictures"
     )
-    rows = make_artifacts(builder, run, folder, metadata)
+    counts = sets.counts()
+    report = {"metrics": results, "intervals_95": intervals, "artifacts": [], "data": counts}
+    write_json(folder / "metrics.json", report)  # stands even when an artifact fails
+    rows, failures = make_artifacts(builder, run, folder, metadata)
     console.print(artifacts_table(rows, seen, torch.get_num_threads()))
     artifacts = [{k: v for k, v in dataclasses.asdict(row).items() if k != "note"} for row in rows]
-    counts = sets.counts()
-    report = {"metrics": results, "intervals_95": intervals, "artifacts": artifacts, "data": counts}
-    write_json(folder / "metrics.json", report)
+    write_json(folder / "metrics.json", {**report, "artifacts": artifacts})
     finals = {name: results[name] for name in (run.monitor.name, "test/acc") if name in results}
     run.tracker.hparams(flat(builder.config), {f"hparam/{name}": value for name, value in finals.items()})
+    if failures:
+        raise failures[0]
     return TrainResult(results, artifacts, counts)
 
 

@@ -66,7 +66,7 @@ class Preprocess:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Preprocess:
-        """Rebuild from `to_dict`'s JSON."""
+        """Rebuild from `to_dict`'s JSON; raise KeyError, TypeError or ValueError when it is something else."""
         return Preprocess(
             img_size=int(values["img_size"]),
             resize=int(values["resize"]),

@@ -17,7 +17,17 @@ from cvtrain.errors import WeightsError
 def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     """Serialise tensors (copied to the CPU, contiguous, unshared) and text metadata as one safetensors file."""
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    return save(plain, metadata=metadata)
+    return _sorted_metadata(save(plain, metadata=metadata))
+
+
+def _sorted_metadata(content: bytes) -> bytes:
+    # The library writes metadata in a random order; equal weights should be equal files, with equal hashes.
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def save_weights(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:

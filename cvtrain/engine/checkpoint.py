@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cvtrain.core import weights
 from cvtrain.core.files import sha256, storage_error, sync_folder, write_json, write_temporary
 from cvtrain.engine.run import TrainRun
-from cvtrain.errors import DivergedError, WeightsError
+from cvtrain.errors import ConfigError, DivergedError, WeightsError
 
 log = logging.getLogger("cvtrain")
 
@@ -88,6 +88,7 @@ class CheckpointStore:
 
         Raises:
             WeightsError: Files are there, but none is usable.
+            ConfigError: The checkpoint is of another config.
         """
         self.sweep()
         names = [name for name in (LAST, PREVIOUS, BEST) if (self.folder / name).exists()]
@@ -99,6 +100,11 @@ class CheckpointStore:
             except WeightsError as error:
                 log.warning("resume: %s; trying the one before", str(error).splitlines()[0])
                 continue
+            if document.get("config_hash") != self.fixed.get("config_hash"):
+                raise ConfigError(
+                    f"{self.folder / name} was trained with another config; see args.yaml beside weights/.\n"
+                    "Give the same overrides, or start a new run with resume=none."
+                )
             _load(run, tensors, document)
             return name
         if names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import islice
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cvtrain.core.random import step_seed
 from cvtrain.core.types import Batch
-from cvtrain.engine.run import Metrics, TrainRun
+from cvtrain.engine.run import Display, Metrics, TrainRun
 from cvtrain.errors import DivergedError
 from cvtrain.scheduler import Clock
 
@@ -28,11 +28,11 @@ def fit(run: TrainRun) -> None:
     state, options = run.state, run.options
     started = time.monotonic() - state.seconds
     run.display.begin(run)
-    try:
+    with run.stop.deferred(), ending(run.display):
         while state.epoch < options.epochs and not run.monitor.exhausted and not _out_of_time(run):
             run.finetune.apply(run.model, state.epoch)
             train_epoch(run, started)
-            row = {**state.means(), "lr": _current_lr(run)}
+            row = {**state.means(), "lr": _last_lr(run)}
             check_finite(run, row["train/loss"])
             row |= {f"val/{name}": value for name, value in evaluate(run, "val").compute().items()}
             is_best = run.monitor.update(row, state.epoch)
@@ -41,10 +41,9 @@ def fit(run: TrainRun) -> None:
             state.end_epoch(row)
             run.tracker.scalars(row, state.step)
             run.display.end_epoch(run, row, is_best)
+            run.tracker.flush()
             run.checkpoints.save(run, best=is_best)
             run.stop.check()
-    finally:
-        run.display.end()
 
 
 def train_epoch(run: TrainRun, started: float) -> None:
@@ -121,8 +120,20 @@ def evaluate_model(run: TrainRun, model: nn.Module, split: str, full_precision: 
                 output = model(run.eval_images(batch))
             metrics.update(output, batch.targets)
             logits.append(output.float())
+            if run.stop.requested:  # only while training: a resume evaluates again
+                run.checkpoints.save(run, best=False)
+                run.stop.check()
     model.train(was_training)
     return metrics, torch.cat(logits).cpu()
+
+
+@contextmanager
+def ending(display: Display) -> Iterator[None]:
+    """Take the display away, however training ends."""
+    try:
+        yield
+    finally:
+        display.end()
 
 
 def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -142,13 +153,14 @@ def check_finite(run: TrainRun, loss: float) -> None:
         state = run.state
         raise DivergedError(
             f"the loss became {loss} at epoch {state.epoch + 1}, step {state.step}, lr "
-            f"{_current_lr(run):.3g}; the last checkpoint is from before.\n"
+            f"{_last_lr(run):.3g}; the last checkpoint is from before.\n"
             "Lower optimizer.lr, set clip_grad_norm=1.0, or use precision=fp32."
         )
 
 
-def _current_lr(run: TrainRun) -> float:
-    return float(run.optimizer.param_groups[0]["lr"])
+def _last_lr(run: TrainRun) -> float:
+    clock = Clock(max(0, run.state.step - 1), run.steps_per_epoch, run.options.epochs)
+    return run.schedule.lr(run.options.base_lr, clock)
 
 
 def _out_of_time(run: TrainRun) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from types import FrameType
 
 from cvtrain.errors import EXIT_SIGINT, EXIT_SIGTERM, Interrupted
@@ -12,10 +14,14 @@ _CODES = {signal.SIGINT: EXIT_SIGINT, signal.SIGTERM: EXIT_SIGTERM, signal.SIGHU
 
 
 class StopRequest:
-    """Turns the first SIGINT, SIGTERM or SIGHUP into a flag that the loop reads; a second one leaves at once."""
+    """What SIGINT, SIGTERM and SIGHUP do: inside `deferred` they set a flag that the loop reads, elsewhere they raise.
+
+    A second one inside `deferred` leaves the process at once.
+    """
 
     def __init__(self) -> None:
         self._signal: int | None = None
+        self._deferring = False
         self._before: dict[int, object] = {}
 
     @property
@@ -30,10 +36,20 @@ class StopRequest:
             Interrupted: With exit code 130 or 143.
         """
         if self._signal is not None:
-            name = signal.Signals(self._signal).name
-            raise Interrupted(f"stopped by {name}; the checkpoint is written.", _CODES[signal.Signals(self._signal)])
+            raise _interrupted(self._signal, "the checkpoint is written")
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Hold signals back while the training state is between two checkpoints."""
+        before, self._deferring = self._deferring, True
+        try:
+            yield
+        finally:
+            self._deferring = before
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._deferring:
+            raise _interrupted(number, "no training step was lost")
         if self._signal is not None:
             os._exit(_CODES[signal.Signals(number)])
         self._signal = number
@@ -48,3 +64,8 @@ class StopRequest:
         """Give the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+def _interrupted(number: int, state: str) -> Interrupted:
+    name = signal.Signals(number).name
+    return Interrupted(f"stopped by {name}; {state}.", _CODES[signal.Signals(number)])

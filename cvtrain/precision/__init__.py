@@ -12,12 +12,16 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from cvtrain.errors import ConfigError
+from cvtrain.errors import ConfigError, DivergedError
 
 log = logging.getLogger("cvtrain")
 
 Loss = Callable[[nn.Module], Tensor]
 """Runs the model on one real batch and returns the scalar loss: what a probe times."""
+
+
+MAX_SKIPPED = 20
+"""fp16 steps in a row that the scaler may skip; it never gives up by itself."""
 
 
 class Precision:
@@ -31,7 +35,7 @@ class Precision:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
-        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
 
     def setup(self, device: torch.device, model: nn.Module, loss: Loss) -> None:
         """Settle the format for `device`; `model` and `loss` are for a probe and are left as they were."""
@@ -59,8 +63,14 @@ class Precision:
         before = self.scaler.get_scale() if self.scaled else 1.0
         self.scaler.step(optimizer)
         self.scaler.update()
-        if self.scaled and self.scaler.get_scale() < before:
-            self.skipped_steps += 1
+        if self.scaled:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.scaler.get_scale() < before else 0
+            if self.skipped_in_a_row > MAX_SKIPPED:
+                raise DivergedError(
+                    f"fp16: {MAX_SKIPPED} steps in a row overflowed and were skipped; the last checkpoint "
+                    f"is from before.\n"
+                    "Lower optimizer.lr, set clip_grad_norm=1.0, or use precision=bf16 or precision=fp32."
+                )
         return norm
 
     def describe(self) -> str:

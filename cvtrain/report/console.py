@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -124,11 +125,11 @@ def artifacts_table(rows: Sequence[Any], test_size: int, threads: int) -> Table:
             else "–"
         )
         table.add_row(
-            row.artifact, row.runtime, f"{100 * row.accuracy:.2f} %", delta, f"{100 * row.agreement:.2f} %",
+            escape(row.artifact), row.runtime, f"{100 * row.accuracy:.2f} %", delta, f"{100 * row.agreement:.2f} %",
             human_bytes(row.bytes), f"{row.latency_ms_p50:.2f} ms", f"{row.latency_ms_p95:.2f} ms",
         )  # fmt: skip
     notes = [f"{row.artifact}: {row.note}" for row in rows if row.note]
-    table.caption = "\n".join(notes)
+    table.caption = escape("\n".join(notes))
     table.caption_justify = "left"
     return table
 
@@ -149,11 +150,11 @@ def sweep_table(jobs: Sequence[dict[str, Any]]) -> Table:
         metrics = job.get("metrics", {})
         good = job["exit_code"] == 0
         table.add_row(
-            str(i), job["name"], "[green]done[/green]" if good else f"[red]failed ({job['exit_code']})[/red]",
+            str(i), escape(job["name"]), "[green]done[/green]" if good else f"[red]failed ({job['exit_code']})[/red]",
             *(f"{metrics[key]:.4f}" if key in metrics else "–" for key in ("val/acc", "test/acc")),
             f"{job['seconds']:.1f}" if job.get("seconds") is not None else "skipped",
         )  # fmt: skip
-    table.caption = "\n".join(_over_seeds(jobs))
+    table.caption = escape("\n".join(_over_seeds(jobs)))
     table.caption_justify = "left"
     return table
 

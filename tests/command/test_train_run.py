@@ -65,7 +65,7 @@ def test_artifacts_csv_has_the_promised_columns_and_true_numbers(run, report):
         assert int(row["bytes"]) == (run / row["file"]).stat().st_size == told["bytes"]
         assert float(row["delta_low"]) <= float(row["delta"]) <= float(row["delta_high"])
         assert 0 < float(row["latency_ms_p50"]) <= float(row["latency_ms_p95"])
-    assert float(rows[0]["accuracy"]) == report["metrics"]["test/acc"]
+    assert float(rows[0]["accuracy"]) == pytest.approx(report["metrics"]["test/acc"], abs=1e-6)
     assert float(rows[1]["max_logit_error"]) < 1e-4
     assert int(rows[3]["bytes"]) < 0.35 * int(rows[0]["bytes"])
 
@@ -267,7 +267,8 @@ def test_a_plug_in_model_trains_when_trusted_and_is_refused_when_not(cvtrain, tm
         "from torch import nn\n"
         "class Net(nn.Sequential):\n"
         "    def __init__(self, num_classes, in_channels, width):\n"
-        "        super().__init__(nn.Conv2d(in_channels, width, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(num_classes))\n"
+        "        super().__init__(nn.Conv2d(in_channels, width, 3), nn.ReLU(), nn.Flatten(), "
+        "nn.LazyLinear(num_classes))\n"
         "        self(__import__('torch').zeros(2, in_channels, 8, 8))\n"
     )
     refused = cvtrain("-cd", "conf", "model=mine", *QUICK)

@@ -163,7 +163,7 @@ def test_a_signal_finishes_the_step_saves_and_leaves_with_its_code(tmp_path, num
     assert saved.checkpoints.restore(saved) == "last.safetensors"
     assert snapshot(saved)["tensors"] == snapshot(run)["tensors"]
     assert saved.state.step == step
-    assert (saved.state.epoch, saved.state.batch) == ((1, 0) if step == 3 else (0, 2 * step))
+    assert (saved.state.epoch, saved.state.batch) == (0, 2 * step)  # after the last step too: validation is broken off
 
 
 def test_the_handlers_of_before_are_given_back():
@@ -178,12 +178,18 @@ def test_the_handlers_of_before_are_given_back():
 def test_a_second_signal_leaves_at_once():
     child = os.fork()
     if child == 0:
-        with StopRequest() as stop:
+        with StopRequest() as stop, stop.deferred():
             os.kill(os.getpid(), signal.SIGINT)
             if stop.requested:
                 os.kill(os.getpid(), signal.SIGTERM)
             os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+
+
+def test_outside_training_a_signal_stops_the_run_where_it_is():
+    with StopRequest(), pytest.raises(Interrupted) as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.exit_code == 143
 
 
 class Spoilt(nn.Module):

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from cvtrain.errors import ConfigError
+from cvtrain.errors import ConfigError, DivergedError
 from cvtrain.precision import Amp, Bf16, Fp16, Fp32, Precision, Tf32, cpu_features, native_dtype
 
 CPU = torch.device("cpu")
@@ -212,12 +212,24 @@ def test_an_overflow_under_scaling_skips_the_step_and_lowers_the_scale(problem, 
     precision.step(optimizer, clip)
     optimizer.zero_grad()
     assert weight.detach().tolist() == [1.0, 1.0]
-    assert precision.skipped_steps == 1
+    assert precision.skipped_in_a_row == 1
     assert precision.scaler.get_scale() == scale / 2
     precision.backward(weight.sum())
     precision.step(optimizer, clip)
     assert weight.detach().tolist() != [1.0, 1.0]
-    assert precision.skipped_steps == 1
+    assert precision.skipped_in_a_row == 0
+
+
+def test_overflow_without_end_stops_the_run(problem):
+    precision = scaled(problem)
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    with pytest.raises(DivergedError, match="20 steps in a row"):
+        for _ in range(30):
+            precision.backward((weight * float("inf")).sum())
+            precision.step(optimizer, None)
+            optimizer.zero_grad()
+    assert weight.item() == 1.0
 
 
 def test_the_scaler_goes_on_from_its_saved_state(problem):
