@@ -44,9 +44,6 @@ def torchvision_model(
     kwargs: dict[str, object] = {}
     if name in ("googlenet", "inception_v3"):
         kwargs = {"aux_logits": False, "init_weights": True}
-    elif name.startswith(("resnet", "resnext", "wide_resnet")):
-        # Blocks that begin as identities bear a high learning rate from the first step (Goyal et al. 2017, section 5.1).
-        kwargs = {"zero_init_residual": __import__("os").environ.get("ZI") == "1"}
     elif name.startswith("vit_"):
         kwargs = {"image_size": img_size}
     try:
