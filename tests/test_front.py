@@ -197,7 +197,8 @@ def test_code_named_below_hydra_is_refused(cvtrain, tmp_path, override):
 HOSTILE_YAML = {
     "a callback made by a resolver": (
         "experiment/mine.yaml",
-        "# @package _global_\nhydra:\n  callbacks:\n    x: ${oc.create:'{_target_: builtins.open, file: MARK, mode: w}'}\n",
+        "# @package _global_\nhydra:\n  callbacks:\n    x: "
+        "${oc.create:'{_target_: builtins.open, file: MARK, mode: w}'}\n",
         ["experiment=mine"],
     ),
     "a value resolved a second time": (

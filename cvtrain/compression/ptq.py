@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cvtrain.compression.quiet import quiet
 from cvtrain.compression.steps import artifact_file
 from cvtrain.core.artifact import ONNXRUNTIME, Artifact, Compressed, CompressionContext
 from cvtrain.core.complexity import count_macs, count_params
 from cvtrain.core.files import write_atomic
+from cvtrain.core.quiet import quiet
 from cvtrain.errors import ConfigError, CvtrainError, DataError, did_you_mean
 
 Method = Literal["minmax", "entropy", "percentile"]

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from torch import Tensor, nn
 from cvtrain.core.artifact import ONNXRUNTIME, Artifact
 from cvtrain.core.complexity import count_macs, count_params
 from cvtrain.core.files import storage_error, sync_folder, write_atomic
+from cvtrain.core.quiet import quiet
 from cvtrain.errors import ConfigError, CvtrainError
 
 MIN_OPSET = 18
@@ -124,7 +121,7 @@ def _write(
     traced = torch.cat([images, images]) if dynamic else images
     shapes: Any = ({0: torch.export.Dim("batch")},) if dynamic else None
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 model,
                 (traced,),
@@ -162,23 +159,6 @@ def _strip(model: Any) -> None:  # noqa: ANN401 - onnx_ir.Model, a type of a laz
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Swallow what the exporter prints, warns and logs; exceptions pass."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def _weight_bytes(model: nn.Module) -> int:

@@ -26,12 +26,7 @@ def test_the_number_of_groups_and_options_is_known():
     assert len(OPTIONS) == 51
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def built(overrides, folder):

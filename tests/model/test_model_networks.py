@@ -15,12 +15,7 @@ from cvtrain.model import LeNet5, SimpleCNN, torchvision_model
 OPTIONS = sorted((Path(__file__).resolve().parents[2] / "configs" / "model").glob("*.yaml"))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def count(model):

@@ -21,12 +21,7 @@ NETWORKS = ["resnet18", "mobilenet_v2", "efficientnet_b0", "convnext_tiny"]
 OPTIONS = sorted((Path(__file__).resolve().parents[2] / "configs" / "regularizer").glob("*.yaml"))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rates(model):

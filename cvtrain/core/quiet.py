@@ -1,4 +1,4 @@
-"""Keeping the chatter of quantization libraries off the user's terminal."""
+"""Keeping the chatter of export and quantization libraries off the user's terminal."""
 
 from __future__ import annotations
 
