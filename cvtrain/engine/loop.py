@@ -10,12 +10,16 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from cvtrain.core.random import step_seed
 from cvtrain.core.types import Batch
 from cvtrain.engine.run import Display, Metrics, TrainRun
 from cvtrain.errors import DivergedError
 from cvtrain.scheduler import Clock
+
+SETTLE_BATCHES = 20
+"""Training batches that batch norm's statistics are measured on; Wu & Johnson find a few thousand pictures enough."""
 
 
 def fit(run: TrainRun) -> None:
@@ -34,6 +38,7 @@ def fit(run: TrainRun) -> None:
             train_epoch(run, started)
             row = {**state.means(), "lr": _last_lr(run)}
             check_finite(run, row["train/loss"])
+            settle_batch_norm(run)
             row |= {f"val/{name}": value for name, value in evaluate(run, "val").compute().items()}
             is_best = run.monitor.update(row, state.epoch)
             run.schedule.end_epoch(improved=run.monitor.bad_epochs == 0)
@@ -60,6 +65,19 @@ def train_epoch(run: TrainRun, started: float) -> None:
             run.display.step(run)
             if state.batch < run.batches_per_epoch:
                 save_if_due(run)
+
+
+def settle_batch_norm(run: TrainRun) -> None:
+    """Measure batch norm's statistics anew on unmixed training pictures, where the augmentation mixes batches.
+
+    The running averages hold only the last few batches, and mixed pictures have other statistics than the ones that
+    are evaluated. Source: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021 (precise batch norm).
+    """
+    if not run.augmentation.batch:
+        return
+    torch.manual_seed(step_seed(run.options.seed, run.state.step, run.options.rank))
+    with closing(run.loader.train_batches(run.state.epoch)) as batches, run.precision.autocast():
+        update_bn((run.eval_images(batch) for batch in islice(batches, SETTLE_BATCHES)), run.model)
 
 
 def save_if_due(run: TrainRun) -> None:

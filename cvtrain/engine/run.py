@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,6 +35,9 @@ class Loader(Protocol):
 
 class Augmentation(Protocol):
     """Turns raw training batches into what the model trains on."""
+
+    batch: Mapping[str, Any]
+    """The operations that mix a batch, by name; empty when there is none."""
 
     def samples(self, images: Tensor, indices: NDArray[np.int64], seed: int, epoch: int, img_size: int) -> Tensor:
         """Map uint8 `(B, C, R, R)` to float32 `(B, C, S, S)` in 0..1."""
