@@ -59,6 +59,7 @@ class Composer:
                 search_path.prepend(provider="command-line", path=f"file://{self.extra}")
         GlobalHydra.instance().clear()
         self._hydra = Hydra.create_main_hydra2(verb, search_path)
+        GlobalHydra.instance().clear()  # nobody else should meet this one
         self._parser = OverridesParser.create(config_loader=self._hydra.config_loader)
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:

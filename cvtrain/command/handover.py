@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from hydra._internal.utils import _run_hydra
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from cvtrain.compose import CONFIG_PATH
@@ -26,7 +25,6 @@ def to_hydra(
         task: Takes the composed config without `hydra`.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print a traceback and leave with code 1
-    GlobalHydra.instance().clear()  # the one that composed for the checks
     _run_hydra(args=args, args_parser=parser, task_function=task, config_path=CONFIG_PATH, config_name=verb)
     return 0
 

@@ -23,7 +23,7 @@ def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 def _sorted_metadata(content: bytes) -> bytes:
     # The library writes metadata in a random order; equal weights should be equal files, with equal hashes.
     size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
+    header, _ = json.JSONDecoder().raw_decode(content[8 : 8 + size].decode())
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8

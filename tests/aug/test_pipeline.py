@@ -84,9 +84,9 @@ def test_an_option_composes_builds_and_augments_with_its_operations_in_order(com
         assert float(result.max()) <= 1.0 + 1e-6
         changed = not torch.equal(result, images.float() / 255)
         assert changed == (option != "none")
-        mixed, soft = augmentation.mix(result, torch.eye(7), seed=0, step=0, rank=0)
-        assert (mixed is not result) == (option in BATCH_KEYS)
-        assert soft.shape == (7, 7)
+        steps = [augmentation.mix(result, torch.eye(7), seed=0, step=step, rank=0) for step in range(20)]
+        assert any(mixed is not result for mixed, _ in steps) == (option in BATCH_KEYS)
+        assert all(soft.shape == (7, 7) for _, soft in steps)
 
 
 @pytest.mark.parametrize("option", options())
