@@ -97,6 +97,7 @@ class Composer:
             HydraConfig.instance().set_config(composed)
         config = plain(composed)
         audit(config, trusted)
+        self._check_complete(config)
         validate(config, trusted)
         return composed, config
 
@@ -149,6 +150,15 @@ class Composer:
                         )
             elif key not in names:
                 raise _unknown_name(key, override.get_value_element_as_str(), groups, names, self.verb)
+
+    def _check_complete(self, config: dict[str, Any]) -> None:
+        groups = set(catalog.defaults()) - {"experiment", "debug"} if self.verb == "train" else set()
+        missing = sorted(groups.union(name for name, _, _ in catalog.keys(self.verb)) - config.keys())
+        if missing:
+            raise ConfigError(
+                f"{missing[0]} was removed, and a run needs it. Leave ~{missing[0]} out; an option called "
+                f"none does nothing."
+            )
 
     def _explain(self, error: Exception, overrides: Sequence[str]) -> ConfigError:
         text = str(error)

@@ -44,6 +44,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
         (["trusted=mypkg"], ["trusted=[mypkg]"]),
         (["resume=/nowhere"], ["resume=/nowhere", "resume=auto"]),
         (["-cd", "/nowhere"], ["/nowhere", "not a folder"]),
+        (["~optimizer"], ["optimizer was removed", "~optimizer"]),
+        (["~seed"], ["seed was removed", "~seed"]),
         (["val", "runn=x"], ["'runn'", "run=x"]),
         (["list", "modell"], ["'modell'", "'model'"]),
         (["-m", "seed=0,1", "model=lenet5,resnet81"], ["model=resnet81", "'resnet18'"]),
