@@ -19,14 +19,16 @@ class Batch:
 
     Attributes:
         images: `(B, C, H, W)`; uint8 in 0..255 as read, float32 once augmented and normalised.
-        targets: `(B,)` int64 class numbers as read; `(B, K)` float probabilities after mixing. Other tasks put
-            what they need here; only `task/` and `data/` know which.
+        targets: `(B,)` int64 class numbers as read, or `(B, K)` uint8 where a picture may have several; `(B, K)` float
+            probabilities after mixing. Other tasks put what they need here; only `task/` and `data/` know which.
         indices: `(B,)` int64 positions in the split, the key of per-sample randomness and of predictions.csv.
+        cropped: Whether the augmentation's random resized crop was taken while the pictures were read.
     """
 
     images: Tensor
     targets: Any
     indices: NDArray[np.int64]
+    cropped: bool = False
 
     def __len__(self) -> int:
         return len(self.images)
@@ -95,7 +97,7 @@ class Source(Protocol):
     """One split of a data set: labelled pictures by position."""
 
     labels: NDArray[np.int64]
-    """`(N,)` class numbers."""
+    """`(N,)` class numbers; `(N, K)` of 0 and 1 where a picture may have several."""
     names: list[str]
     """`N` names for predictions.csv: a relative path, or the position as text."""
 
@@ -121,6 +123,7 @@ class DataSets:
         test: What produces the reported numbers; touched once.
         skipped: How many files were left out.
         notes: Sentences for the log: what was split, resized, skipped.
+        multilabel: Whether a picture may have several labels, or none; then `Source.labels` is `(N, K)` of 0 and 1.
     """
 
     name: str
@@ -131,6 +134,7 @@ class DataSets:
     test: Source
     skipped: int = 0
     notes: list[str] = field(default_factory=list)
+    multilabel: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -147,15 +151,18 @@ class DataSets:
         }
 
 
-Draw = Callable[[int], Tensor]
-"""Per-sample randomness: `draw(n)` returns `(B, n)` float32 in [0, 1) on the images' device."""
+Draw = Callable[[int], NDArray[np.float32]]
+"""Per-sample randomness: `draw(n)` returns `(B, n)` float32 in [0, 1), on the host.
+
+Parameters are made of it in NumPy, so that what to do with which picture is known without asking a GPU.
+"""
 
 
 class SampleTransform(Protocol):
     """An augmentation of single pictures, applied to a whole batch with parameters of each sample's own."""
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
-        """Map float `(B, C, H, W)` in 0..1 to the same dtype and range."""
+        """Map uint8 `(B, C, H, W)` to the same, on the same device; `images` is the caller's to give and may be reused."""
         ...
 
 
@@ -164,4 +171,16 @@ class BatchTransform(Protocol):
 
     def __call__(self, images: Tensor, targets: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Map images `(B, C, H, W)` and targets `(B, K)` float to the same shapes."""
+        ...
+
+
+Box = tuple[int, int, int, int]
+"""Top, left, height and width in pixels, inside the picture."""
+
+
+class CropChooser(Protocol):
+    """Where to crop a picture at random while it is read."""
+
+    def __call__(self, seed: int, epoch: int, index: int, size: tuple[int, int]) -> Box:
+        """Return the box for the sample `index` of `size` (height, width), a pure function of the arguments."""
         ...
