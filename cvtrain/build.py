@@ -15,11 +15,14 @@ from hydra.utils import instantiate
 from torch import nn
 
 from cvtrain.catalog import shipped_targets
-from cvtrain.core.types import DataSets
+from cvtrain.core import distributed
+from cvtrain.core.types import CropChooser, DataSets, Preprocess
 from cvtrain.data.loader import Loader, LoaderConfig
-from cvtrain.engine.run import TrainOptions
+from cvtrain.engine.run import Task, TrainOptions
 from cvtrain.errors import ConfigError, CvtrainError, did_you_mean
+from cvtrain.loss import class_weights
 from cvtrain.optimizer import param_groups
+from cvtrain.regularizer import Regularizer
 from cvtrain.schema import METRICS, seconds
 
 log = logging.getLogger("cvtrain")
@@ -103,19 +106,26 @@ class Builder:
         img_size = self.config["img_size"] or self.config["model"].get("img_size")
         return source.load(img_size, self.config["aug"].get("eval_resize", 1.0), self.config["workers"]), source
 
-    def loader(self, sets: DataSets, device: torch.device, rank: int, world_size: int) -> Loader:
-        """Build the loader."""
+    def loader(self, sets: DataSets, device: torch.device, crop: CropChooser | None = None) -> Loader:
+        """Build the loader; `crop` is the augmentation's, to be taken while pictures are read."""
         config = self.config
-        loader = Loader(
+        return Loader(
             sets,
             LoaderConfig(
-                config["batch_size"], config["seed"], device, config["loader"], config["workers"], rank, world_size
+                batch_size=config["batch_size"],
+                seed=config["seed"],
+                device=device,
+                mode=config["loader"],
+                sampler=config["sampler"],
+                workers=config["workers"],
+                rank=distributed.rank(),
+                world_size=distributed.world_size(),
             ),
+            crop,
         )
-        return loader
 
-    def augmentation(self) -> Any:  # noqa: ANN401 - aug.Augmentation or the user's own
-        """Build the augmentation, changed where the data set's own defaults say so."""
+    def augmentation(self, preprocess: Preprocess) -> Any:  # noqa: ANN401 - aug.Augmentation or the user's own
+        """Build the augmentation, changed where the data set's own defaults say so and told what it works on."""
         node = dict(self.config["aug"])
         sample = dict(node.get("sample") or {})
         for name, change in (self.config["data"].get("aug_overrides") or {}).items():
@@ -133,7 +143,9 @@ class Builder:
             log.info("aug: %s, on this data set (data.aug_overrides={} keeps the preset as it is)", what)
         if "sample" in node:
             node["sample"] = sample
-        return self.build("aug", node)
+        augmentation = self.build("aug", node)
+        augmentation.adapt(preprocess)
+        return augmentation
 
     def model(self, sets: DataSets) -> nn.Module:
         """Build the network for the data's classes, channels and size, the same weights for the same seed."""
@@ -141,6 +153,28 @@ class Builder:
         return build_model(
             self, self.config["model"], sets.num_classes, sets.preprocess.channels, sets.preprocess.img_size
         )
+
+    def task(self, sets: DataSets, regularizers: Sequence[Regularizer], device: torch.device) -> Task:
+        """Build the task with its loss, weighted by class where `class_weights` asks for it.
+
+        Raises:
+            ConfigError: The task, the loss, `class_weights` and the data do not go together.
+        """
+        spec = self.config.get("class_weights", "none")
+        weight = class_weights(spec, sets.train.labels, sets.class_names)
+        loss = self.build("loss", weight=None if weight is None else weight.to(device))
+        target = self.config["loss"]["_target_"]
+        if weight is not None and "weight" not in inspect.signature(resolve(target, self.trusted)).parameters:
+            raise ConfigError(f"class_weights={spec}: {target} takes no weight; use class_weights=none.")
+        task: Task = self.build("task", loss=loss, regularizers=list(regularizers), num_classes=sets.num_classes)
+        if sets.multilabel and not task.multilabel:
+            raise ConfigError(f"data {sets.name} gives a picture several labels; use task=multilabel loss=bce.")
+        if task.multilabel and not sets.multilabel:
+            raise ConfigError(
+                f"task=multilabel: data {sets.name} gives a picture one class; "
+                "use task=classification loss=cross_entropy, or data with several labels."
+            )
+        return task
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Build the optimizer over groups that spare norms and biases from weight decay."""

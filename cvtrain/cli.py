@@ -108,13 +108,15 @@ def _hydra(verb: str, argv: list[str]) -> int:
         return _show(composer, args, parser, verb, trusted)
     if args.multirun and verb != "train":
         raise ConfigError(f"-m sweeps trainings; cvtrain {verb} takes one run at a time: leave -m out.")
+    swept = any(override.is_sweep_override() for override in overrides)
+    if swept and not args.multirun:
+        raise ConfigError("several values for one key start a multirun: add -m. For a list write key=[a,b].")
+    composed, config = composer.check([] if swept else args.overrides, trusted)
+    args.multirun |= verb == "train" and config["data"].get("folds") is not None and config["data"]["fold"] is None
     if args.multirun:
         from cvtrain.command import sweep
 
         return sweep.run(composer, args, parser, trusted)
-    if any(override.is_sweep_override() for override in overrides):
-        raise ConfigError("several values for one key start a multirun: add -m. For a list write key=[a,b].")
-    composed, config = composer.check(args.overrides, trusted)
     if verb == "train":
         from cvtrain.command import single
 

@@ -7,7 +7,7 @@ shell scripts and are listed in the README.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 EXIT_OK = 0
 EXIT_BUG = 1
@@ -16,10 +16,17 @@ EXIT_SIGTERM = 143
 
 
 class CvtrainError(Exception):
-    """A failure with a known cause: the message names the value, the place and the fix."""
+    """A failure with a known cause: the message names the value, the place and the fix.
+
+    Attributes:
+        exit_code: The process's.
+        retryable: Whether the same command may succeed later.
+        details: One line for each thing that is wrong, where a message cannot hold them all.
+    """
 
     exit_code = EXIT_BUG
     retryable = False
+    details: Sequence[str] = ()
 
 
 class ConfigError(CvtrainError):

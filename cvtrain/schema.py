@@ -18,7 +18,10 @@ METRICS = {
     "val/acc": "max",
     "val/balanced_acc": "max",
     "val/f1": "max",
+    "val/f1_micro": "max",
+    "val/hamming": "min",
     "val/loss": "min",
+    "val/map": "max",
     "val/top5": "max",
     "train/acc": "max",
     "train/loss": "min",
@@ -135,10 +138,12 @@ RULES: dict[str, Rule] = {
     "threads": COUNT_OR_NULL,
     "loader": Rule("str", choices=("auto", "device", "host")),
     "workers": WHOLE,
+    "sampler": Rule("str", choices=("shuffle", "balanced")),
     "monitor": Rule("str", choices=tuple(METRICS)),
     "mode": Rule("str", choices=("auto", "max", "min")),
     "patience": COUNT_OR_NULL,
     "min_delta": NOT_NEGATIVE,
+    "class_weights": Rule("str", choices=("none", "balanced", "effective")),
     "max_time": TEXT_OR_NULL,
     "save_every_steps": COUNT_OR_NULL,
     "limit_train_batches": COUNT_OR_NULL,
@@ -160,7 +165,13 @@ RULES: dict[str, Rule] = {
     "channels": Rule("int", low=1),
     "on_error": Rule("str", choices=("fail", "skip")),
     "max_bad": SHARE,
+    "allow_empty": FLAG,
+    "cache": Rule("str", choices=("auto", "none", "memory", "disk")),
     "cache_mb": WHOLE,
+    "cache_dir": TEXT_OR_NULL,
+    "folds": Rule("int", low=2, optional=True),
+    "fold": Rule("int", low=0, optional=True),
+    "limit": COUNT_OR_NULL,
     "max_pixels": COUNT,
     # augmentation
     "prob": SHARE,
@@ -250,7 +261,13 @@ def _value_errors(node: dict[str, Any], trusted: Sequence[str], prefix: str = ""
         path = f"{prefix}{key}"
         if key in ("_target_", "_partial_", "_recursive_", "_convert_"):
             continue
-        if isinstance(value, dict):
+        if key == "class_weights" and isinstance(value, dict):
+            yield from (
+                f"{path}.{name}={_shown(weight)} is not allowed; expected {POSITIVE.expected()}"
+                for name, weight in value.items()
+                if not POSITIVE.accepts(weight)
+            )
+        elif isinstance(value, dict):
             yield from _value_errors(value, trusted, f"{path}.")
         elif value is None and path.startswith(("data.aug_overrides.", "aug.sample.", "aug.batch.")):
             continue  # null leaves an operation out
@@ -269,6 +286,7 @@ def _shown(value: Any) -> str:  # noqa: ANN401 - any plain value
 def _contradictions(config: dict[str, Any]) -> Iterator[str]:
     if "epochs" not in config:
         return
+    yield from _task_contradictions(config)
     optimizer, scheduler = config["optimizer"], config["scheduler"]
     if optimizer.get("nesterov") and not optimizer.get("momentum"):
         yield (
@@ -303,4 +321,20 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
         yield (
             f"data.val_fraction={fractions[0]} and data.test_fraction={fractions[1]} leave nothing to "
             f"train on; keep their sum below 1"
+        )
+
+
+def _task_contradictions(config: dict[str, Any]) -> Iterator[str]:
+    pair = (config["task"].get("_target_"), config["loss"].get("_target_"))
+    if pair == ("cvtrain.task.Multilabel", "cvtrain.loss.CrossEntropy"):
+        yield "task=multilabel and loss=cross_entropy: cross entropy knows one class a picture; use loss=bce"
+    if pair == ("cvtrain.task.Classification", "cvtrain.loss.BinaryCrossEntropy"):
+        yield (
+            "task=classification and loss=bce: a picture has one class; use loss=cross_entropy, or task=multilabel "
+            "for data with several labels"
+        )
+    if config.get("sampler") == "balanced" and config.get("class_weights", "none") != "none":
+        yield (
+            f"sampler=balanced and class_weights={config['class_weights']} would correct for rare classes twice; "
+            "use class_weights=none or sampler=shuffle"
         )

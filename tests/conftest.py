@@ -6,11 +6,13 @@ import io
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cvtrain-tests-")  # what a run remembers is not the user's
 
 
 @dataclasses.dataclass

@@ -1,42 +1,79 @@
 """Operations that move pixels: flips, crops, affine maps.
 
-Each is a pure function of tensors, with one set of parameters a sample, under a thin class that draws them.
-Coordinates are in pixels, the centre of the first pixel at 0. What comes from outside the picture is 0 (black).
+Each is a pure function of pictures and host arrays, with one set of parameters a sample, under a thin class that draws
+them. A function may write into the pictures it is given. Coordinates are in pixels, the centre of the first pixel at 0.
+What comes from outside the picture is 0 (black).
+
+Flips and crops by whole pixels exist twice: on a CPU a loop of memory copies is several times quicker than the
+batched gather that other devices want. Both give the same pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from cvtrain.aug.boxes import DRAWS, random_boxes
-from cvtrain.aug.ranges import interval, number, stretch
-from cvtrain.core.types import Draw
+from cvtrain.aug.boxes import DRAWS, Boxes, random_boxes
+from cvtrain.aug.ranges import chunks, interval, number, pixels_of, store, stretch, to_device
+from cvtrain.core.random import sample_uniforms
+from cvtrain.core.types import Box, Draw
+
+Parameters = NDArray[np.float32]
 
 
-def flip(images: Tensor, chosen: Tensor, dim: int) -> Tensor:
-    """Mirror the `chosen` `(B,)` bool of `images` `(B, C, H, W)` along `dim`."""
-    return torch.where(chosen.view(-1, 1, 1, 1), images.flip(dim), images)
+def flip(images: Tensor, chosen: NDArray[np.bool_], dim: int) -> Tensor:
+    """Mirror the `chosen` `(B,)` of uint8 `images` `(B, C, H, W)` along `dim` (-1 or -2)."""
+    if images.device.type != "cpu":
+        return flip_batched(images, chosen, dim)
+    pixels, where = pixels_of(images), np.flatnonzero(chosen)
+    # torch has a kernel for three interleaved bytes; NumPy copies them one at a time.
+    pixels[where] = torch.from_numpy(pixels[where]).flip(dim - 1).numpy()
+    return images
 
 
-def shifted_crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
+def flip_batched(images: Tensor, chosen: NDArray[np.bool_], dim: int) -> Tensor:
+    """Do what `flip` does without asking which pictures are chosen."""
+    return torch.where(to_device(chosen, images.device).view(-1, 1, 1, 1), images.flip(dim), images)
+
+
+def shifted_crop(images: Tensor, top: NDArray[np.int64], left: NDArray[np.int64], padding: int) -> Tensor:
     """Pad with 0 on all sides and cut a window of the old size.
 
     Args:
-        images: `(B, C, H, W)`.
-        top: `(B,)` int64 first row of the window in the padded picture, 0 to 2·padding.
-        left: `(B,)` int64 first column.
+        images: uint8 `(B, C, H, W)`.
+        top: `(B,)` first row of the window in the padded picture, 0 to 2·padding.
+        left: `(B,)` first column.
         padding: In pixels.
 
     Returns:
-        `(B, C, H, W)`.
+        uint8 `(B, C, H, W)`.
     """
+    if images.device.type != "cpu":
+        return shifted_crop_batched(images, top, left, padding)
     height, width = images.shape[-2:]
-    windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
-    return windows[torch.arange(len(images), device=images.device), :, top, left]
+    # One picture's frame stays in the cache, and its border black.
+    frame = np.zeros((height + 2 * padding, width + 2 * padding, images.shape[1]), dtype=np.uint8)
+    middle = frame[padding : padding + height, padding : padding + width]
+    for picture, row, column in zip(pixels_of(images), top.tolist(), left.tolist(), strict=True):
+        middle[...] = picture
+        picture[...] = frame[row : row + height, column : column + width]
+    return images
+
+
+def shifted_crop_batched(images: Tensor, top: NDArray[np.int64], left: NDArray[np.int64], padding: int) -> Tensor:
+    """Do what `shifted_crop` does in one gather."""
+    height, width = images.shape[-2:]
+    padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
+    samples = torch.arange(len(images), device=images.device).view(-1, 1, 1)
+    rows = to_device(top[:, None] + np.arange(height), images.device)[:, :, None]
+    columns = to_device(left[:, None] + np.arange(width), images.device)[:, None, :]
+    return padded[samples, rows, columns].permute(0, 3, 1, 2)
 
 
 def sample_at(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -51,53 +88,99 @@ def sample_at(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
         Float `(B, C, H', W')`, 0 outside the picture.
     """
     height, width = images.shape[-2:]
-    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1).to(images.dtype)
+    grid = torch.empty((*x.shape, 2), dtype=images.dtype, device=images.device)
+    torch.mul(x, 2 / width, out=grid[..., 0])
+    torch.mul(y, 2 / height, out=grid[..., 1])
+    grid[..., 0] += 1 / width - 1
+    grid[..., 1] += 1 / height - 1
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def affine(images: Tensor, degrees: Tensor, shift: tuple[Tensor, Tensor], scale: Tensor) -> Tensor:
-    """Rotate and scale about the centre of the picture, then shift.
+def affine(images: Tensor, degrees: Parameters, shift: tuple[Parameters, Parameters], scale: Parameters) -> Tensor:
+    """Rotate and scale about the centre of the picture, then shift; bilinear.
 
     Args:
-        images: Float `(B, C, H, W)`.
+        images: uint8 `(B, C, H, W)`.
         degrees: `(B,)` angle, clockwise.
         shift: `(B,)` to the right and `(B,)` downwards, in pixels.
         scale: `(B,)`, above 1 enlarges.
 
     Returns:
-        Float `(B, C, H, W)`.
+        uint8 `(B, C, H, W)`.
     """
     height, width = images.shape[-2:]
     centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
-    columns = torch.arange(width, device=images.device, dtype=torch.float32).view(1, 1, -1)
-    rows = torch.arange(height, device=images.device, dtype=torch.float32).view(1, -1, 1)
-    x = columns - centre_x - shift[0].view(-1, 1, 1)
-    y = rows - centre_y - shift[1].view(-1, 1, 1)
-    angle = torch.deg2rad(degrees)
-    cosine = (angle.cos() / scale).view(-1, 1, 1)
-    sine = (angle.sin() / scale).view(-1, 1, 1)
-    # The grid asks where each output pixel comes from, hence the inverse map.
-    return sample_at(images, cosine * x + sine * y + centre_x, cosine * y - sine * x + centre_y)
+    columns = np.arange(width) - centre_x - shift[0][:, None]
+    rows = np.arange(height) - centre_y - shift[1][:, None]
+    cosine = (np.cos(np.deg2rad(degrees)) / scale)[:, None]
+    sine = (np.sin(np.deg2rad(degrees)) / scale)[:, None]
+    # The grid asks where each output pixel comes from, hence the inverse map; it is a sum of one term a column and one
+    # a row: x, then y.
+    by_column = np.stack([cosine * columns + centre_x, -sine * columns])
+    by_row = np.stack([sine * rows, cosine * rows + centre_y])
+    across = to_device(by_column.astype(np.float32), images.device)[:, :, None, :]
+    down = to_device(by_row.astype(np.float32), images.device)[:, :, :, None]
+    for part in chunks(images):
+        moved = sample_at(images[part].float(), across[0, part] + down[0, part], across[1, part] + down[1, part])
+        store(moved, images[part])
+    return images
 
 
-def resized_crop(images: Tensor, box: tuple[Tensor, Tensor, Tensor, Tensor], size: int) -> Tensor:
-    """Cut a box a sample and resize it to `(size, size)`, bilinearly and without antialiasing.
+def resized_crop(images: Tensor, boxes: Boxes, size: int) -> Tensor:
+    """Cut a box a sample and resize it to `(size, size)`, bilinearly with antialiasing.
 
     Args:
-        images: Float `(B, C, H, W)`.
-        box: top, left, height, width: `(B,)` each, in pixels.
+        images: uint8 `(B, C, H, W)`.
+        boxes: One a sample.
         size: In pixels.
 
     Returns:
-        Float `(B, C, size, size)`.
+        uint8 `(B, C, size, size)`.
     """
-    top, left, height, width = (part.float().view(-1, 1) for part in box)
-    steps = (torch.arange(size, device=images.device, dtype=torch.float32) + 0.5).view(1, -1) / size
-    # Held inside the box, so that its border repeats instead of blending with what was cut away.
-    x = left + torch.minimum((steps * width - 0.5).clamp(min=0), width - 1)
-    y = top + torch.minimum((steps * height - 0.5).clamp(min=0), height - 1)
-    shape = (len(images), size, size)
-    return sample_at(images, x[:, None, :].expand(shape), y[:, :, None].expand(shape))
+    if images.device.type != "cpu":
+        return resized_crop_batched(images, boxes, size)
+    shape = (len(images), images.shape[1], size, size)
+    result = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    for position, (top, left, height, width) in enumerate(boxes.each()):
+        box = images[position : position + 1, :, top : top + height, left : left + width]
+        result[position] = F.interpolate(box, (size, size), mode="bilinear", antialias=True)[0]
+    return result
+
+
+def resized_crop_batched(images: Tensor, boxes: Boxes, size: int) -> Tensor:
+    """Do what `resized_crop` does, within one level, by two matrix products a sample."""
+    shape = (len(images), images.shape[1], size, size)
+    result = torch.empty(shape, dtype=torch.uint8, device=images.device, memory_format=torch.channels_last)
+    borders = np.stack([boxes.top, boxes.height, boxes.left, boxes.width]).astype(np.float32)
+    top, height, left, width = to_device(borders, images.device)[:, :, None, None]
+    # Half precision would be a level off.
+    with torch.autocast(images.device.type, enabled=False):
+        for part in chunks(images):
+            pixels = images[part].permute(0, 2, 3, 1).float()
+            down = _triangles(top[part], height[part], size, images.shape[-2]) @ pixels.flatten(2)
+            down = down.view(len(pixels), size, *pixels.shape[2:]).transpose(1, 2)
+            across = _triangles(left[part], width[part], size, images.shape[-1]) @ down.flatten(2)
+            resized = across.view(len(pixels), size, size, -1).permute(0, 3, 2, 1)
+            store(resized.clamp_(0.0, 255.0), result[part])
+    return result
+
+
+def _triangles(first: Tensor, length: Tensor, size: int, count: int) -> Tensor:
+    """Return the weights `(B, size, count)` with which pixels of a row or column make the resized ones.
+
+    Args:
+        first: `(B, 1, 1)` first pixel of the box.
+        length: `(B, 1, 1)` pixels of the box.
+        size: Pixels after the resize.
+        count: Pixels of the whole picture.
+    """
+    step = length / size
+    # Distances from the box's edge, between centres of pixels.
+    centres = (torch.arange(size, device=first.device).view(1, -1, 1) + 0.5) * step
+    pixels = torch.arange(count, device=first.device).view(1, 1, -1) + 0.5 - first
+    weights = (1.0 - (pixels - centres).abs() / step.clamp(min=1.0)).clamp(min=0.0)
+    weights = weights * ((pixels > 0) & (pixels < length))
+    return weights / weights.sum(dim=2, keepdim=True)
 
 
 class HorizontalFlip:
@@ -107,7 +190,7 @@ class HorizontalFlip:
         self.prob = number("prob", prob, 0, 1)
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
-        """Map float `(B, C, H, W)` to the same."""
+        """Map uint8 `(B, C, H, W)` to the same."""
         return flip(images, draw(1)[:, 0] < self.prob, -1)
 
 
@@ -118,7 +201,7 @@ class VerticalFlip:
         self.prob = number("prob", prob, 0, 1)
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
-        """Map float `(B, C, H, W)` to the same."""
+        """Map uint8 `(B, C, H, W)` to the same."""
         return flip(images, draw(1)[:, 0] < self.prob, -2)
 
 
@@ -129,13 +212,13 @@ class RandomCrop:
         self.padding = int(number("padding", padding))
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
-        """Map float `(B, C, H, W)` to the same."""
-        offsets = (draw(2) * (2 * self.padding + 1)).long()
+        """Map uint8 `(B, C, H, W)` to the same."""
+        offsets = (draw(2) * np.float32(2 * self.padding + 1)).astype(np.int64)
         return shifted_crop(images, offsets[:, 0], offsets[:, 1], self.padding)
 
 
 class Affine:
-    """Rotate, shift and scale at random.
+    """Rotate, shift and scale at random, bilinearly.
 
     Args:
         degrees: The angle is uniform in ±degrees.
@@ -150,12 +233,12 @@ class Affine:
         self.scale = interval("scale", scale, 1e-3)
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
-        """Map float `(B, C, H, W)` to the same."""
+        """Map uint8 `(B, C, H, W)` to the same."""
         height, width = images.shape[-2:]
         uniforms = draw(4)
         degrees = stretch(uniforms[:, 0], -self.degrees, self.degrees)
-        x = stretch(uniforms[:, 1], -self.translate, self.translate) * width
-        y = stretch(uniforms[:, 2], -self.translate, self.translate) * height
+        x = stretch(uniforms[:, 1], -self.translate, self.translate) * np.float32(width)
+        y = stretch(uniforms[:, 2], -self.translate, self.translate) * np.float32(height)
         return affine(images, degrees, (x, y), stretch(uniforms[:, 3], *self.scale))
 
 
@@ -169,8 +252,7 @@ class Rotation(Affine):
 class RandomResizedCrop:
     """Cut a random box and resize it to the model's input (Szegedy et al. 2015, arXiv:1409.4842).
 
-    The resize is bilinear without antialiasing: pictures are read at about the size they are cut to, so that it
-    shrinks by little more than `eval_resize`.
+    The resize is bilinear with antialiasing, as Pillow's and torchvision's default are.
 
     Args:
         scale: Smallest and largest share of the area.
@@ -182,11 +264,34 @@ class RandomResizedCrop:
         self.ratio = interval("ratio", ratio, 1e-3)
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
-        """Map float `(B, C, H, W)` to `(B, C, H, H)`."""
+        """Map uint8 `(B, C, H, W)` to `(B, C, H, H)`."""
         return self.to_size(images, draw, images.shape[-2])
 
     def to_size(self, images: Tensor, draw: Draw, img_size: int) -> Tensor:
-        """Map float `(B, C, H, W)` to `(B, C, img_size, img_size)`."""
-        height, width = images.shape[-2:]
-        box = random_boxes(draw(DRAWS), (height, width), self.scale, self.ratio)
-        return resized_crop(images, box, img_size)
+        """Map uint8 `(B, C, H, W)` to `(B, C, img_size, img_size)`."""
+        size = (images.shape[-2], images.shape[-1])
+        return resized_crop(images, random_boxes(draw(DRAWS), size, self.scale, self.ratio), img_size)
+
+    def chooser(self, stream: str) -> RandomBox:
+        """Return the choice of the box alone, for a picture cropped while it is read."""
+        return RandomBox(stream, self.scale, self.ratio)
+
+
+@dataclass(frozen=True)
+class RandomBox:
+    """The box that a `RandomResizedCrop` takes of a picture; a `CropChooser`.
+
+    Attributes:
+        stream: Name of the randomness.
+        scale: As there.
+        ratio: As there.
+    """
+
+    stream: str
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+
+    def __call__(self, seed: int, epoch: int, index: int, size: tuple[int, int]) -> Box:
+        """Return the box for the sample `index` of `size` (height, width)."""
+        uniforms = sample_uniforms(seed, epoch, np.array([index], dtype=np.int64), self.stream, DRAWS)
+        return random_boxes(uniforms, size, self.scale, self.ratio).each()[0]

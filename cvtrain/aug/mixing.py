@@ -8,16 +8,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from cvtrain.aug.ranges import number
-
-
-def _to_device(order: NDArray[np.int64], device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(order)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+from cvtrain.aug.ranges import number, to_device
 
 
 def mix_up(images: Tensor, targets: Tensor, partner: Tensor, lam: float) -> tuple[Tensor, Tensor]:
@@ -87,7 +80,7 @@ class MixUp:
         if self.alpha == 0 or rng.random() >= self.prob:
             return images, targets
         lam = float(rng.beta(self.alpha, self.alpha))
-        return mix_up(images, targets, _to_device(rng.permutation(len(images)), images.device), lam)
+        return mix_up(images, targets, to_device(rng.permutation(len(images)), images.device), lam)
 
 
 class CutMix:
@@ -109,7 +102,7 @@ class CutMix:
         size = (images.shape[-2], images.shape[-1])
         lam = float(rng.beta(self.alpha, self.alpha))
         box = cut_box(size, lam, (int(rng.integers(size[0])), int(rng.integers(size[1]))))
-        return cut_mix(images, targets, _to_device(rng.permutation(len(images)), images.device), box)
+        return cut_mix(images, targets, to_device(rng.permutation(len(images)), images.device), box)
 
 
 class MixUpCutMix:

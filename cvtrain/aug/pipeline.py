@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cvtrain.aug.geometric import RandomResizedCrop
 from cvtrain.aug.ranges import number
 from cvtrain.core.random import generator, sample_uniforms
-from cvtrain.core.types import BatchTransform, Draw, SampleTransform
+from cvtrain.core.types import BatchTransform, CropChooser, Draw, Preprocess, SampleTransform
 
 
 @runtime_checkable
@@ -20,7 +22,16 @@ class Resizing(Protocol):
     """A sample operation that makes the model's input size itself, such as a random resized crop."""
 
     def to_size(self, images: Tensor, draw: Draw, img_size: int) -> Tensor:
-        """Map float `(B, C, H, W)` to `(B, C, img_size, img_size)`."""
+        """Map uint8 `(B, C, H, W)` to `(B, C, img_size, img_size)`."""
+        ...
+
+
+@runtime_checkable
+class Adapting(Protocol):
+    """A sample operation that depends on the data's statistics."""
+
+    def adapt(self, preprocess: Preprocess) -> None:
+        """Take from `preprocess` what it needs."""
         ...
 
 
@@ -44,24 +55,40 @@ class Augmentation:
         self.batch = {str(key): op for key, op in (batch or {}).items() if op is not None}
         self.eval_resize = number("eval_resize", eval_resize, 1)
 
-    def samples(self, images: Tensor, indices: NDArray[np.int64], seed: int, epoch: int, img_size: int) -> Tensor:
+    @property
+    def crop(self) -> CropChooser | None:
+        """The random resized crop that begins the augmentation, to be taken while pictures are read; else None."""
+        key, first = next(iter(self.sample.items()), ("", None))
+        return first.chooser(_stream(key)) if isinstance(first, RandomResizedCrop) else None
+
+    def adapt(self, preprocess: Preprocess) -> None:
+        """Tell the operations that ask for it about the data; to be called once, before training."""
+        for op in self.sample.values():
+            if isinstance(op, Adapting):
+                op.adapt(preprocess)
+
+    def samples(
+        self, images: Tensor, indices: NDArray[np.int64], seed: int, epoch: int, img_size: int, cropped: bool = False
+    ) -> Tensor:
         """Augment every picture by itself.
 
         Args:
-            images: `(B, C, H, W)`, uint8 in 0..255 or float in 0..1; left as it is.
+            images: uint8 `(B, C, H, W)` of any strides; its memory may be used for the result.
             indices: `(B,)` positions in the training set.
             seed: The run's seed.
             epoch: Epoch number, from 0.
             img_size: Side of the model's input, in pixels, at most H.
+            cropped: Whether `crop` was taken while the pictures were read, and is left out here.
 
         Returns:
-            float32 `(B, C, img_size, img_size)` in 0..1 on the device of `images`. A picture's result depends on
-            (seed, epoch, its index) only, never on its batch.
+            uint8 `(B, C, img_size, img_size)` on the device of `images`. A picture's result depends on
+            (seed, epoch, its index) only, never on its batch. On a GPU the host does not wait for it.
         """
-        images = images.float().div_(255.0) if images.dtype == torch.uint8 else images.float()
-        for key, op in self.sample.items():
-            draw = _Draw(seed, epoch, indices, key, images.device)
-            images = op.to_size(images, draw, img_size) if isinstance(op, Resizing) else op(images, draw)
+        leave_out = cropped and self.crop is not None
+        with _one_thread(images.device):
+            for key, op in list(self.sample.items())[leave_out:]:
+                draw = _Draw(seed, epoch, indices, key)
+                images = op.to_size(images, draw, img_size) if isinstance(op, Resizing) else op(images, draw)
         top, left = (images.shape[-2] - img_size) // 2, (images.shape[-1] - img_size) // 2
         return images[..., top : top + img_size, left : left + img_size]
 
@@ -87,17 +114,29 @@ class Augmentation:
 class _Draw:
     """`draw` for one operation and one batch; a second call gives new numbers, not the same ones again."""
 
-    def __init__(self, seed: int, epoch: int, indices: NDArray[np.int64], stream: str, device: torch.device) -> None:
+    def __init__(self, seed: int, epoch: int, indices: NDArray[np.int64], key: str) -> None:
         self._where = (seed, epoch, indices)
-        self._stream = stream
-        self._device = device
+        self._key = key
         self._calls = 0
 
-    def __call__(self, count: int) -> Tensor:
-        stream = f"aug.{self._stream}" if self._calls == 0 else f"aug.{self._stream}.{self._calls}"
+    def __call__(self, count: int) -> NDArray[np.float32]:
         self._calls += 1
-        uniforms = torch.from_numpy(sample_uniforms(*self._where, stream, count))
-        # A copy from pageable memory would make the host wait for the GPU.
-        if self._device.type == "cuda":
-            uniforms = uniforms.pin_memory()
-        return uniforms.to(self._device, non_blocking=True)
+        return sample_uniforms(*self._where, _stream(self._key, self._calls - 1), count)
+
+
+def _stream(key: str, call: int = 0) -> str:
+    return f"aug.{key}" if call == 0 else f"aug.{key}.{call}"
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """Keep torch to one thread for work on the CPU: its tensors are too small to share, and sharing them is slow."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

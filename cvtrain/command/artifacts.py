@@ -26,6 +26,7 @@ from cvtrain.evaluation.proof import ProofRow, prove, write_artifacts_csv
 from cvtrain.export import export_onnx, write_preprocess
 from cvtrain.logger import NoLogger
 from cvtrain.report import plots
+from cvtrain.resizing import Constant
 from cvtrain.scheduler import Cosine
 
 log = logging.getLogger("cvtrain")
@@ -68,7 +69,15 @@ def make_artifacts(
     with _noted(failures, "compression"):
         artifacts += _compressed(builder, run, model, example, folder / "compressed", metadata)
     threads = torch.get_num_threads()
-    rows = prove(reference, artifacts, lambda: _labelled(run), example, threads=threads, run_folder=folder)
+    rows = prove(
+        reference,
+        artifacts,
+        lambda: _labelled(run),
+        example,
+        threads=threads,
+        run_folder=folder,
+        decide=run.task.decide,
+    )
     write_artifacts_csv(rows, folder / "artifacts.csv")
     plots.artifacts(rows, folder / "artifacts.png")
     return rows, failures
@@ -138,6 +147,7 @@ def _finetune(builder: Builder, run: TrainRun, model: nn.Module, epochs: int) ->
         tracker=NoLogger(),
         display=Silent(),
         state=TrainState.new(run.device),
+        resizing=Constant(epochs, run.preprocess.img_size),
     )
     fit(inner)
     lay_out(model, torch.device("cpu"), channels_last=False).eval()

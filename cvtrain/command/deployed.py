@@ -13,6 +13,7 @@ from torch import nn
 from cvtrain import runs
 from cvtrain.audit import audit
 from cvtrain.build import Builder, build_model, lay_out
+from cvtrain.command.provenance import MULTILABEL
 from cvtrain.core import weights
 from cvtrain.core.types import Preprocess
 from cvtrain.errors import ConfigError, WeightsError
@@ -28,6 +29,7 @@ class Deployed:
         preprocess: How a picture becomes its input.
         device: Where it is.
         path: Its file.
+        multilabel: Whether each class is decided by itself, at a probability (sigmoid) of 0.5.
     """
 
     model: nn.Module
@@ -35,6 +37,7 @@ class Deployed:
     preprocess: Preprocess
     device: torch.device
     path: Path
+    multilabel: bool
 
 
 def load(config: dict[str, Any], trusted: list[str]) -> Deployed:
@@ -61,7 +64,7 @@ def load(config: dict[str, Any], trusted: list[str]) -> Deployed:
     model = build_model(builder, node, len(names), prep.channels, prep.img_size)
     weights.load_into(model, path)
     lay_out(model, device, channels_last=True).eval()
-    return Deployed(model, [str(name) for name in names], prep, device, path)
+    return Deployed(model, [str(name) for name in names], prep, device, path, metadata.get("task") == MULTILABEL)
 
 
 def run_config(folder: Path) -> dict[str, Any]:

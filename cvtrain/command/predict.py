@@ -36,7 +36,7 @@ def run(config: dict[str, Any], trusted: list[str]) -> int:
     for names, images in _batches(paths, shipped, int(config["batch_size"]), failed):
         rows += predict(shipped, names, images, topk)
     as_json = config["json"] or str(output).endswith(".json")
-    text = json.dumps(rows) + "\n" if as_json else _csv(rows, topk)
+    text = json.dumps(rows) + "\n" if as_json else _csv(rows, shipped.multilabel, topk)
     if output is None:
         sys.stdout.write(text)
     else:
@@ -48,7 +48,9 @@ def run(config: dict[str, Any], trusted: list[str]) -> int:
 
 @torch.inference_mode()
 def predict(shipped: deployed.Deployed, names: list[str], images: Tensor, topk: int) -> list[dict[str, Any]]:
-    """Return `file`, `label`, `probability` and, above one, the further classes of each picture.
+    """Return `file`, `label`, `probability` and, above one, the further classes of each picture, likeliest first.
+
+    A multi-label model adds `labels`: all with a probability of 0.5 or more, in the order of the class list.
 
     Args:
         shipped: The model.
@@ -57,12 +59,15 @@ def predict(shipped: deployed.Deployed, names: list[str], images: Tensor, topk: 
         topk: Classes a picture, at most K.
     """
     logits = shipped.model(shipped.preprocess(images.to(shipped.device))).float()
-    top = torch.softmax(logits, dim=1).topk(topk, dim=1)
+    probabilities = torch.sigmoid(logits) if shipped.multilabel else torch.softmax(logits, dim=1)
+    top = probabilities.topk(topk, dim=1)
     rows: list[dict[str, Any]] = []
-    for name, values, classes in zip(names, top.values.tolist(), top.indices.tolist(), strict=True):
+    for i, name in enumerate(names):
         row: dict[str, Any] = {"file": name}
-        for i, (value, number) in enumerate(zip(values, classes, strict=True)):
-            mark = "" if i == 0 else f"_{i + 1}"
+        if shipped.multilabel:
+            row["labels"] = [shipped.class_names[k] for k in torch.nonzero(logits[i] >= 0).flatten().tolist()]
+        for rank, (value, number) in enumerate(zip(top.values[i].tolist(), top.indices[i].tolist(), strict=True)):
+            mark = "" if rank == 0 else f"_{rank + 1}"
             row |= {f"label{mark}": shipped.class_names[number], f"probability{mark}": round(value, 6)}
         rows.append(row)
     return rows
@@ -104,11 +109,15 @@ def _batches(
         yield names, torch.stack(images)
 
 
-def _csv(rows: list[dict[str, Any]], topk: int) -> str:
+def _csv(rows: list[dict[str, Any]], multilabel: bool, topk: int) -> str:
     text = io.StringIO()
     marks = ["", *(f"_{i + 1}" for i in range(1, topk))]
-    fields = ["file", *(f"{kind}{mark}" for mark in marks for kind in ("label", "probability"))]
+    fields = [
+        "file",
+        *(["labels"] * multilabel),
+        *(f"{kind}{mark}" for mark in marks for kind in ("label", "probability")),
+    ]
     writer = csv.DictWriter(text, fields, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({**row, "labels": "|".join(row["labels"])} if multilabel else row for row in rows)
     return text.getvalue()

@@ -19,6 +19,9 @@ from cvtrain.core.files import write_json
 from cvtrain.core.types import DataSets
 from cvtrain.precision import cpu_features
 
+MULTILABEL = "multilabel"
+"""Value of `task` in a deployed file when every class is decided by itself; without the key one class is chosen."""
+
 
 def write_manifest(
     folder: Path, config: dict[str, Any], choices: dict[str, str], sets: DataSets, device: torch.device
@@ -60,6 +63,7 @@ def deployment_metadata(config: dict[str, Any], sets: DataSets) -> dict[str, str
     """Return what a deployed file carries: how to rebuild the model and how to feed it, as text."""
     return {
         "cvtrain_version": __version__,
+        "task": MULTILABEL if sets.multilabel else "classification",
         "class_names": json.dumps(sets.class_names),
         "preprocess": json.dumps(sets.preprocess.to_dict()),
         "model": json.dumps(config["model"]),

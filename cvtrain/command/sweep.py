@@ -20,7 +20,7 @@ from cvtrain.command.job import Outcome, execute
 from cvtrain.command.single import finished_outcome
 from cvtrain.compose import Composer, group_choices, plain
 from cvtrain.core.files import to_json_line, write_json
-from cvtrain.errors import EXIT_BUG, EXIT_OK, CvtrainError, Interrupted
+from cvtrain.errors import EXIT_BUG, EXIT_OK, ConfigError, CvtrainError, Interrupted
 from cvtrain.schema import validate
 
 LONGEST_NAME = 120
@@ -33,8 +33,11 @@ def run(composer: Composer, args: argparse.Namespace, parser: argparse.ArgumentP
     Raises:
         ConfigError: A job's config is wrong; nothing has run.
     """
+    configs = [composer.check(job, trusted)[1] for job in composer.jobs(args.overrides)]
+    folds = _folds(configs)
+    if folds is not None:
+        args.overrides.append(f"data.fold={','.join(str(fold) for fold in range(folds))}")
     jobs = list(composer.jobs(args.overrides))
-    configs = [composer.check(job, trusted)[1] for job in jobs]
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
     folder = _sweep_folder(configs[0], args.overrides)
     write_json(folder / "sweep.json", {"overrides": _identity(args.overrides)})
@@ -48,6 +51,17 @@ def run(composer: Composer, args: argparse.Namespace, parser: argparse.ArgumentP
         sys.stderr.write("cvtrain: the sweep was stopped; go on with the same command and resume=auto\n")
         return stopped[0].exit_code
     return code
+
+
+def _folds(configs: list[dict[str, Any]]) -> int | None:
+    """Return the number of folds when `data.folds` asks for all of them."""
+    asked = {config["data"].get("folds") for config in configs if config["data"].get("fold") is None}
+    if len(asked) > 1:
+        raise ConfigError(
+            f"data.folds={','.join(str(folds) for folds in sorted(asked, key=str))}: a sweep takes one number of "
+            "folds; start one for each."
+        )
+    return next(iter(asked), None)
 
 
 def job_folder(overrides: Any) -> str:  # noqa: ANN401 - omegaconf's ListConfig

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from cvtrain import __version__, runs
 from cvtrain.build import Builder, lay_out
@@ -22,19 +22,29 @@ from cvtrain.command.results import Evaluation, write_results
 from cvtrain.core import distributed, weights
 from cvtrain.core.complexity import count_params
 from cvtrain.core.files import write_atomic, write_json
-from cvtrain.core.metrics import ClassificationMetrics
+from cvtrain.core.metrics import class_counts
 from cvtrain.core.types import Batch, DataSets
 from cvtrain.engine.checkpoint import BEST, LAST, CheckpointStore
 from cvtrain.engine.loop import evaluate_model, fit
 from cvtrain.engine.monitor import Monitor
-from cvtrain.engine.run import TrainRun, TrainState
+from cvtrain.engine.run import Task, TrainRun, TrainState
 from cvtrain.engine.signals import StopRequest
-from cvtrain.errors import ConfigError, DataError
+from cvtrain.errors import ConfigError, DataError, did_you_mean
 from cvtrain.logger import NoLogger
 from cvtrain.report import plots
-from cvtrain.report.console import Progressing, artifacts_table, attach_log, make_console
+from cvtrain.report.console import (
+    Progressing,
+    artifacts_table,
+    attach_log,
+    class_histogram,
+    imbalance_notice,
+    make_console,
+)
+from cvtrain.resizing import Constant
 
 log = logging.getLogger("cvtrain")
+
+UNREADABLE = "unreadable.txt"
 
 
 @dataclass(frozen=True)
@@ -67,12 +77,13 @@ def train(config: dict[str, Any], folder: Path, trusted: list[str], choices: dic
     (folder / "weights").mkdir(exist_ok=True)
     write_atomic(folder / runs.ARGS, OmegaConf.to_yaml(OmegaConf.create(config)))
     with StopRequest() as stop:
-        sets, source = builder.data()
+        sets, source = _load(builder, folder)
         _refuse_changed_data(folder, sets)
         write_manifest(folder, config, choices, sets, device)
         for note in sets.notes:
             log.info("data: %s", note)
         run = build_run(builder, sets, device, folder, stop)
+        _show_classes(console, config, sets)
         run.display = Progressing(console)
         resumed = run.checkpoints.restore(run)
         if resumed:
@@ -86,6 +97,27 @@ def train(config: dict[str, Any], folder: Path, trusted: list[str], choices: dic
             return conclude(builder, run, sets, folder, console)
         finally:
             run.tracker.close()
+
+
+def _load(builder: Builder, folder: Path) -> tuple[DataSets, Any]:
+    """Load the data; every picture that cannot be read is named in a file of the run folder."""
+    try:
+        sets, source = builder.data()
+    except DataError as error:
+        if error.details:
+            write_atomic(folder / UNREADABLE, "\n".join(error.details) + "\n")
+        raise
+    if sets.bad:
+        write_atomic(folder / UNREADABLE, "\n".join(sets.bad) + "\n")
+    return sets, source
+
+
+def _show_classes(console: Console, config: dict[str, Any], sets: DataSets) -> None:
+    counts = class_counts(sets.train.labels, sets.num_classes).tolist()
+    console.print(class_histogram(sets.class_names, counts))
+    notice = imbalance_notice(sets.class_names, counts, sets.multilabel)
+    if notice and config["class_weights"] == "none" and config["sampler"] != "balanced":
+        log.warning(notice)
 
 
 def _refuse_changed_data(folder: Path, sets: DataSets) -> None:
@@ -104,15 +136,13 @@ def build_run(builder: Builder, sets: DataSets, device: torch.device, folder: Pa
         CvtrainError: A setting that only shows now does not fit, told before the first epoch.
     """
     config = builder.config
-    if config["monitor"] == "val/top5" and sets.num_classes <= 5:
-        raise ConfigError(
-            f"monitor=val/top5 needs more than 5 classes, this data has {sets.num_classes}; use monitor=val/acc."
-        )
     if distributed.world_size() > 1:
         raise ConfigError("several processes (torchrun) are not supported yet; start cvtrain by itself.")
-    rank = distributed.rank()
-    loader = builder.loader(sets, device, rank, distributed.world_size())
+    augmentation = builder.augmentation(sets.preprocess)
+    loader = builder.loader(sets, device, augmentation.crop)
     regularizers = list(builder.build_each("regularizer").values())
+    task = builder.task(sets, regularizers, device)
+    _check_monitor(config["monitor"], task, sets.num_classes)
     model = builder.model(sets)
     for regularizer in regularizers:
         regularizer.attach(model)
@@ -126,13 +156,14 @@ def build_run(builder: Builder, sets: DataSets, device: torch.device, folder: Pa
         "preprocess": sets.preprocess.to_dict(),
     }
     run = TrainRun(
-        options=builder.options(rank),
+        options=builder.options(distributed.rank()),
         device=device,
         model=model,
         preprocess=sets.preprocess,
         loader=loader,
-        augmentation=builder.augmentation(),
-        task=builder.build("task", loss=builder.build("loss"), regularizers=regularizers, num_classes=sets.num_classes),
+        augmentation=augmentation,
+        resizing=_resizing(builder, sets, model, device),
+        task=task,
         optimizer=builder.optimizer(model),
         schedule=builder.build("scheduler"),
         precision=builder.build("precision"),
@@ -157,9 +188,41 @@ def build_run(builder: Builder, sets: DataSets, device: torch.device, folder: Pa
     return run
 
 
+def _resizing(builder: Builder, sets: DataSets, model: nn.Module, device: torch.device) -> Constant:
+    """Build the phases, and see that the model takes pictures of each size."""
+    size = sets.preprocess.img_size
+    resizing: Constant = builder.build("resizing", epochs=builder.config["epochs"], img_size=size)
+    if len(resizing.phases) == 1:
+        return resizing
+    for phase in resizing.phases:
+        try:
+            with torch.inference_mode():
+                model.eval()(torch.zeros(1, sets.preprocess.channels, phase.img_size, phase.img_size, device=device))
+        except RuntimeError as error:
+            raise ConfigError(
+                f"resizing.phases.{phase.name}.img_size={phase.img_size}: this model does not take that size "
+                f"({str(error).splitlines()[0]})\n  choose larger phases, or a model that pools at its end"
+            ) from error
+        log.info(
+            "resizing: epochs %d to %d at %d×%d, lr %g; evaluation at %d×%d",
+            *(phase.first + 1, phase.first + phase.epochs, phase.img_size, phase.img_size),
+            *(builder.config["optimizer"]["lr"] if phase.lr is None else phase.lr, size, size),
+        )
+    return resizing
+
+
+def _check_monitor(monitor: str, task: Task, num_classes: int) -> None:
+    names = ["train/loss", "train/acc", *(f"val/{name}" for name in task.metrics(torch.device("cpu")).compute())]
+    if monitor not in names:
+        raise ConfigError(
+            f"monitor={monitor} is not measured by this task on {num_classes} classes; "
+            f"{did_you_mean(monitor, names, 'metrics')}"
+        )
+
+
 def first_batch(run: TrainRun, epoch: int) -> Batch:
     """Return an epoch's first training batch; worker processes end with it."""
-    with closing(run.loader.train_batches(epoch)) as batches:
+    with closing(run.loader.train_batches(epoch, img_size=run.resizing.phase(epoch).img_size)) as batches:
         return next(batches)
 
 
@@ -167,7 +230,7 @@ def show_batch(run: TrainRun, folder: Path, class_names: list[str]) -> None:
     """Write what the model is about to see: an augmented training batch with its labels, and log it."""
     options, state = run.options, run.state
     batch = first_batch(run, state.epoch)
-    images = run.augmentation.samples(batch.images, batch.indices, options.seed, state.epoch, run.preprocess.img_size)
+    images = run.augmented(batch, state.epoch).float() / 255
     targets = run.task.encode(batch.targets)
     images, targets = run.augmentation.mix(images, targets, options.seed, state.step, options.rank)
     captions = [_caption(row, class_names) for row in targets.cpu()]
@@ -190,18 +253,17 @@ def conclude(builder: Builder, run: TrainRun, sets: DataSets, folder: Path, cons
     weights.save_weights(model, folder / "weights" / "model.safetensors", metadata)
     run.checkpoints.record("model.safetensors")
     metrics, logits = evaluate_model(run, model, "test", full_precision=True)
-    if not isinstance(metrics, ClassificationMetrics):
-        raise ConfigError("only classification has a report so far; use task=classification.")
     results = {**run.monitor.best_row, **{f"test/{name}": value for name, value in metrics.compute().items()}}
     seen = len(logits)
-    evaluation = Evaluation(metrics.matrix(), logits, sets.test.labels[:seen], sets.test.names[:seen], sets.class_names)
-    intervals, figures = write_results(folder, run.state.history, results, evaluation)
+    evaluation = Evaluation(metrics, logits, sets.test.labels[:seen], sets.test.names[:seen], sets.class_names)
+    intervals, figures = write_results(folder, run.state.history, evaluation)
     for name, figure in figures.items():
         run.tracker.figure(name, figure, run.state.step)
     low, high = intervals["test/acc"]
+    measure = "exact match" if sets.multilabel else "accuracy"
     console.print(
         f"best epoch {run.monitor.best_epoch + 1} of {run.state.epoch} by {run.monitor.name}; "
-        f"trained {run.state.seconds:.1f} s; test accuracy {100 * results['test/acc']:.2f} % "
+        f"trained {run.state.seconds:.1f} s; test {measure} {100 * results['test/acc']:.2f} % "
         f"[{100 * low:.2f}, {100 * high:.2f}] on {seen} pictures"
     )
     counts = sets.counts()

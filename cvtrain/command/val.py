@@ -6,14 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from cvtrain.audit import audit
 from cvtrain.build import Builder
 from cvtrain.command import deployed
 from cvtrain.core.files import to_json_line
-from cvtrain.core.metrics import ClassificationMetrics
 from cvtrain.errors import EXIT_OK, ConfigError, DataError
 from cvtrain.evaluation.intervals import wilson
 from cvtrain.report.console import attach_log, make_console
@@ -39,16 +37,16 @@ def run(config: dict[str, Any], trusted: list[str]) -> int:
     sets, _ = builder.data()
     if sets.class_names != shipped.class_names:
         raise DataError(f"{sets.name} now has the classes {sets.class_names}, the model knows {shipped.class_names}.")
-    metrics = ClassificationMetrics(sets.num_classes, shipped.device)
-    for batch in builder.loader(sets, shipped.device, 0, 1).eval_batches(config["split"]):
+    metrics = builder.task(sets, [], shipped.device).metrics(shipped.device)
+    for batch in builder.loader(sets, shipped.device).eval_batches(config["split"]):
         metrics.update(shipped.model(shipped.preprocess(batch.images)), batch.targets)
     values = {f"{config['split']}/{name}": value for name, value in metrics.compute().items()}
-    matrix = metrics.matrix()
-    low, high = wilson(int(np.trace(matrix)), int(matrix.sum()))
+    right, total = metrics.right()
+    low, high = wilson(right, total)
     if config["json"]:
         sys.stdout.write(to_json_line({"run": str(folder.absolute()), "metrics": values, "acc_95": [low, high]}) + "\n")
     else:
         lines = [f"{name:<18}{value:.4f}" for name, value in values.items()]
-        lines.append(f"accuracy 95 % [{100 * low:.2f}, {100 * high:.2f}] on {int(matrix.sum())} pictures")
+        lines.append(f"accuracy 95 % [{100 * low:.2f}, {100 * high:.2f}] on {total} pictures")
         sys.stdout.write("\n".join(lines) + "\n")
     return EXIT_OK

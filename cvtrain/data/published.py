@@ -2,100 +2,52 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cvtrain.core.types import DataSets
+from cvtrain.data.base import DataSet
+from cvtrain.data.collection import Collection, Part
 from cvtrain.data.idx import read_idx
 from cvtrain.data.pickles import cifar_arrays, read_pickle
-from cvtrain.data.source import array_source
-from cvtrain.data.splits import checked, fraction, input_size, measured, per_channel, preprocessing, stratified
 from cvtrain.errors import DataError
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
-class _Published(ABC):
+@dataclass(kw_only=True)
+class _Published(DataSet):
     """A data set with an official test split; val is carved from the official training split.
 
-    Args:
-        root: Folder of the files; None means `data/<name>` under the current folder.
-        download: Let torchvision download the files into `root` when they are absent.
-        val_fraction: Share of the training split for val, stratified.
-        split_seed: Seed of that split; not the run's seed, so that runs with other seeds stay comparable.
-        mean: Mean a channel, in 0..1; None measures it on the training part.
-        std: Standard deviation a channel, in 0..1; None measures it on the training part.
-
     Attributes:
-        splits: After `load`, the names in each split: positions in the official files.
+        root: Folder of the files; null means `data/<name>` under the current folder.
+        download: Let torchvision download the files into `root` when they are absent.
     """
 
-    name: str
-    torchvision_name: str
-    size: int
-    channels: int
+    name: ClassVar[str]
+    torchvision_name: ClassVar[str]
+    size: ClassVar[int]
+    channels: ClassVar[int]
 
-    def __init__(
-        self,
-        root: str | None = None,
-        download: bool = False,
-        val_fraction: float = 0.1,
-        split_seed: int = 0,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ) -> None:
-        self.root = Path(root) if root is not None else Path("data") / self.name
-        self.download = bool(download)
-        self.val_fraction = fraction("val_fraction", val_fraction)
-        self.split_seed = int(split_seed)
-        self.mean = per_channel("mean", mean)
-        self.std = per_channel("std", std)
-        self.splits: dict[str, list[str]] = {}
+    root: str | None = None
+    download: bool = False
 
-    def load(self, img_size: int | None, eval_resize: float, workers: int) -> DataSets:
-        """Return the data set.
+    @property
+    def folder(self) -> Path:
+        """Return the folder of the files."""
+        return Path(self.root) if self.root is not None else Path("data") / self.name
 
-        Args:
-            img_size: Side the model sees, in pixels; None means the pictures' own.
-            eval_resize: Side that is read, as a multiple of `img_size`.
-            workers: Threads that resize.
-
-        Raises:
-            DataError: Files that are absent or damaged.
-        """
-        size, resize = input_size(self.size, img_size, eval_resize)
-        class_names, (train_pixels, train_labels), (test_pixels, test_labels) = self._read(self._files())
-        kept, carved = stratified(train_labels, (self.val_fraction,), self.split_seed)
-        parts = {
-            "train": (train_pixels[kept], train_labels[kept], kept),
-            "val": (train_pixels[carved], train_labels[carved], carved),
-            "test": (test_pixels, test_labels, np.arange(len(test_labels))),
-        }
-        self.splits = {
-            split: [f"{'test' if split == 'test' else 'train'}/{i}" for i in where]
-            for split, (_, _, where) in parts.items()
-        }
-        sources = {
-            split: array_source(pixels, labels, self.splits[split], resize, workers)
-            for split, (pixels, labels, _) in parts.items()
-        }
-        mean, std = measured(train_pixels[kept])
-        return checked(
-            DataSets(
-                name=self.name,
-                class_names=class_names,
-                preprocess=preprocessing((size, resize, self.channels), self.mean or mean, self.std or std),
-                train=sources["train"],
-                val=sources["val"],
-                test=sources["test"],
-                notes=[f"val is {self.val_fraction:g} of the training files, data.split_seed={self.split_seed}"],
-            )
-        )
+    def read(self) -> Collection:
+        """Read the official files; errors as in `DataSet.read`."""
+        class_names, train, test = self._read(self._files())
+        parts = {}
+        for split, (pixels, labels) in (("train", train), ("test", test)):
+            parts[split] = Part(pixels, labels, [f"{split}/{i}" for i in range(len(labels))])
+        return Collection(self.name, class_names, self.channels, self.size, parts, root=self.folder)
 
     def _files(self) -> dict[str, Path]:
         """Return the files by role, downloading them when that was asked for and they are absent."""
@@ -105,7 +57,7 @@ class _Published(ABC):
             found = self._find()
         if found is None:
             raise DataError(
-                f"data={self.name}: no data in {self.root.absolute()}\n"
+                f"data={self.name}: no data in {self.folder.absolute()}\n"
                 f"  expected there: {self._expected()}\n"
                 "  give the folder with data.root=DIR, or download it with data.download=true"
             )
@@ -118,12 +70,12 @@ class _Published(ABC):
         dataset: Any = getattr(datasets, self.torchvision_name)
         try:
             for train in (True, False):
-                dataset(str(self.root), train=train, download=True)
+                dataset(str(self.folder), train=train, download=True)
         # torchvision's downloaders raise a dozen types, from URLError to RuntimeError.
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
-                f"data={self.name}: the download into {self.root.absolute()} failed: {reason}\n"
+                f"data={self.name}: the download into {self.folder.absolute()} failed: {reason}\n"
                 f"  put the files there yourself ({self._expected()}) or give their folder with data.root=DIR"
             ) from error
 
@@ -145,7 +97,7 @@ class _Idx(_Published):
 
     size = 28
     channels = 1
-    classes: tuple[str, ...]
+    classes: ClassVar[tuple[str, ...]]
 
     def _expected(self) -> str:
         names = (
@@ -163,7 +115,7 @@ class _Idx(_Published):
                 for role, kind in (("images", "idx3-ubyte"), ("labels", "idx1-ubyte")):
                     # Some mirrors write a dot in place of the last dash.
                     names = [f"{part}-{role}{mark}{kind}{end}" for end in ("", ".gz") for mark in "-."]
-                    paths = [path for name in names if (path := self.root / folder / name).is_file()]
+                    paths = [path for name in names if (path := self.folder / folder / name).is_file()]
                     if paths:
                         found[f"{part}-{role}"] = paths[0]
             if len(found) == 4:
@@ -216,18 +168,18 @@ class _Cifar(_Published):
 
     size = 32
     channels = 3
-    folder: str
-    train_files: tuple[str, ...]
-    test_file: str
-    meta_file: str
-    names_key: str
-    label_key: str
+    subfolder: ClassVar[str]
+    train_files: ClassVar[tuple[str, ...]]
+    test_file: ClassVar[str]
+    meta_file: ClassVar[str]
+    names_key: ClassVar[str]
+    label_key: ClassVar[str]
 
     def _expected(self) -> str:
-        return f"{self.folder}/ with {', '.join((*self.train_files, self.test_file, self.meta_file))}"
+        return f"{self.subfolder}/ with {', '.join((*self.train_files, self.test_file, self.meta_file))}"
 
     def _find(self) -> dict[str, Path] | None:
-        for folder in (self.root / self.folder, self.root):
+        for folder in (self.folder / self.subfolder, self.folder):
             found = {name: folder / name for name in (*self.train_files, self.test_file, self.meta_file)}
             if all(path.is_file() for path in found.values()):
                 return found
@@ -247,7 +199,7 @@ class CIFAR10(_Cifar):
 
     name = "cifar10"
     torchvision_name = "CIFAR10"
-    folder = "cifar-10-batches-py"
+    subfolder = "cifar-10-batches-py"
     train_files = tuple(f"data_batch_{i}" for i in range(1, 6))
     test_file = "test_batch"
     meta_file = "batches.meta"
@@ -260,7 +212,7 @@ class CIFAR100(_Cifar):
 
     name = "cifar100"
     torchvision_name = "CIFAR100"
-    folder = "cifar-100-python"
+    subfolder = "cifar-100-python"
     train_files = ("train",)
     test_file = "test"
     meta_file = "meta"

@@ -1,16 +1,18 @@
-"""Pictures by position: held in memory, or resized as they are read."""
+"""Pictures of one split by position: held in memory, resized as they are read, or decoded as they are read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
+
+from cvtrain.core.types import CropChooser
+from cvtrain.data.collection import Encoded, Files, Indices, Part
+from cvtrain.data.picture import check_picture, read_crop, read_picture
+from cvtrain.data.pixels import resize_all
 
 MEMORY_LIMIT = 2 << 30
 """Bytes up to which a data set is held in memory, resized, as a whole."""
@@ -20,23 +22,41 @@ class ArraySource:
     """Pictures in one tensor; the only source that can live on a device.
 
     Args:
-        images: uint8 `(N, C, S, S)`.
-        labels: `(N,)` int64 class numbers.
+        images: uint8 `(M, C, S, S)`; fastest with channels last in memory. May be a memory-mapped file.
+        labels: `(N,)` int64 class numbers, or `(N, K)` uint8.
         names: N names for predictions.csv.
+        positions: `(N,)` int64 which of the M pictures are meant; None means all, in order.
+        paths: N paths of the files they come from, None where there are none.
     """
 
-    def __init__(self, images: Tensor, labels: NDArray[np.int64], names: list[str]) -> None:
-        self.images = images
+    def __init__(
+        self,
+        images: Tensor,
+        labels: NDArray[np.int64],
+        names: list[str],
+        positions: Indices | None = None,
+        paths: list[str] | None = None,
+    ) -> None:
+        self.pixels = images.permute(0, 2, 3, 1)
         self.labels = labels
         self.names = names
+        self.positions = positions
+        self.paths = paths
 
     def __len__(self) -> int:
         """Return N."""
         return len(self.labels)
 
-    def read(self, indices: NDArray[np.int64]) -> Tensor:
-        """Return uint8 `(B, C, S, S)`."""
-        return self.images[torch.from_numpy(indices)]
+    @property
+    def nbytes(self) -> int:
+        """Return how many bytes the N pictures take."""
+        return len(self) * (self.pixels[0].nbytes if len(self.pixels) else 0)
+
+    def read(self, indices: Indices) -> Tensor:
+        """Return uint8 `(B, C, S, S)`, channels last in memory."""
+        where = indices if self.positions is None else self.positions[indices]
+        # Rows of contiguous memory: four to fifteen times as fast as selecting from planes.
+        return self.pixels.index_select(0, torch.from_numpy(where)).permute(0, 3, 1, 2)
 
 
 class ResizingSource:
@@ -59,9 +79,75 @@ class ResizingSource:
         """Return N."""
         return len(self.labels)
 
-    def read(self, indices: NDArray[np.int64]) -> Tensor:
+    def read(self, indices: Indices) -> Tensor:
         """Return uint8 `(B, C, resize, resize)`."""
         return resize_all(self._pixels[indices], self._resize, workers=0)
+
+
+class EncodedSource:
+    """Pictures decoded as they are asked for.
+
+    Args:
+        part: N encoded pictures.
+        channels: 1 for grey, 3 for RGB.
+        resize: Side of the square that is read, in pixels.
+        max_pixels: Largest width × height of a picture.
+    """
+
+    def __init__(self, part: Part, channels: int, resize: int, max_pixels: int) -> None:
+        if isinstance(part.pictures, np.ndarray):
+            raise TypeError("an array needs no decoding")
+        self.labels = part.labels
+        self.names = part.names
+        self.groups = part.groups
+        self.pictures: Encoded = part.pictures
+        self.channels = channels
+        self.resize = resize
+        self.max_pixels = max_pixels
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.labels)
+
+    @property
+    def paths(self) -> list[str] | None:
+        """Return the N paths of pictures that are files of their own."""
+        if not isinstance(self.pictures, Files):
+            return None
+        return [self.pictures.content(index) for index in range(len(self))]
+
+    def read(self, indices: Indices) -> Tensor:
+        """Return uint8 `(B, C, resize, resize)`, channels last in memory.
+
+        Raises:
+            DataError: A picture cannot be read; the message begins with its place.
+        """
+        return _stacked([self.read_one(int(index)) for index in indices])
+
+    def read_one(self, index: int) -> Tensor:
+        """Return uint8 `(C, resize, resize)`; errors as `read`."""
+        content = self.pictures.content(index)
+        return read_picture(content, self.resize, self.channels, self.max_pixels, self.pictures.place(index))
+
+    def read_crops(self, indices: Indices, choose: CropChooser, seed: int, epoch: int, img_size: int) -> Tensor:
+        """Return uint8 `(B, C, img_size, img_size)`: the box of each picture that `choose` names; errors as `read`."""
+        return _stacked(
+            [
+                read_crop(
+                    self.pictures.content(index),
+                    lambda size, index=index: choose(seed, epoch, index, size),  # type: ignore[misc]
+                    img_size,
+                    self.channels,
+                    self.max_pixels,
+                    self.pictures.place(index),
+                )
+                for index in indices.tolist()
+            ]
+        )
+
+    def check(self, index: int) -> None:
+        """Decode a picture as small as possible; errors as `read`."""
+        check_picture(self.pictures.content(index), self.max_pixels, self.pictures.place(index))
 
 
 def array_source(
@@ -81,48 +167,6 @@ def array_source(
     return ArraySource(resize_all(pixels, resize, workers), labels, list(names))
 
 
-def resize_all(pixels: NDArray[np.uint8], resize: int, workers: int) -> Tensor:
-    """Resize the short side and crop the centre.
-
-    Args:
-        pixels: uint8 `(N, H, W, C)`.
-        resize: Side of the result, in pixels.
-        workers: Threads; 0 or 1 means none.
-
-    Returns:
-        uint8 `(N, C, resize, resize)`.
-    """
-    if pixels.shape[1:3] == (resize, resize):
-        return torch.from_numpy(np.array(pixels.transpose(0, 3, 1, 2), order="C"))
-    result = torch.empty((len(pixels), pixels.shape[-1], resize, resize), dtype=torch.uint8)
-
-    def fill(position: int) -> None:
-        picture = pixels[position]
-        image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
-        result[position] = to_tensor(square(image, resize))
-
-    if workers > 1:
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(fill, range(len(pixels))))
-    else:
-        for position in range(len(pixels)):
-            fill(position)
-    return result
-
-
-def square(image: Image.Image, resize: int) -> Image.Image:
-    """Resize the short side to `resize` pixels (Pillow's antialiased bilinear) and crop the centre.
-
-    Only the central square is resized, so that a picture of 20000 × 2 pixels never becomes a huge one on the way.
-    """
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    if image.size == (resize, resize):
-        return image
-    return image.resize((resize, resize), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """Return an "L" or "RGB" image as uint8 `(C, H, W)`."""
-    array: NDArray[Any] = np.array(image)
-    return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
+def _stacked(images: list[Tensor]) -> Tensor:
+    # Stacked as rows of channels, the layout they were decoded in.
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)

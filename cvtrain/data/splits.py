@@ -32,7 +32,7 @@ def stratified(labels: Indices, fractions: tuple[float, ...], seed: int) -> list
     A class of n gives each part round(n × fraction), but at least one when it can still keep one for training.
 
     Args:
-        labels: `(N,)` class numbers.
+        labels: `(N,)` class numbers, or `(N, K)` of 0 and 1.
         fractions: Share of each part to carve; the rest is training.
         seed: Equal seeds and labels give equal splits.
 
@@ -45,8 +45,9 @@ def stratified(labels: Indices, fractions: tuple[float, ...], seed: int) -> list
     if sum(fractions) >= 1.0:
         raise ConfigError(f"data: val_fraction and test_fraction sum to {sum(fractions):g}\n  allowed: below 1")
     parts: list[list[Indices]] = [[] for _ in range(len(fractions) + 1)]
-    for number in np.unique(labels):
-        members = np.flatnonzero(labels == number)
+    kinds = strata(labels)
+    for number in np.unique(kinds):
+        members = np.flatnonzero(kinds == number)
         total = len(members)
         members = members[generator(seed, "split", int(number)).permutation(total)]
         for part, share in enumerate(fractions, start=1):
@@ -55,6 +56,77 @@ def stratified(labels: Indices, fractions: tuple[float, ...], seed: int) -> list
             members = members[count:]
         parts[0].append(members)
     return [np.sort(np.concatenate(part)) if part else np.empty(0, np.int64) for part in parts]
+
+
+def strata(labels: Indices) -> Indices:
+    """Return `(N,)` numbers of what is to be spread evenly: classes, or combinations of labels for `(N, K)`."""
+    if labels.ndim == 1:
+        return labels
+    return np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+
+def fold_of(labels: Indices, folds: int, fold: int, seed: int) -> tuple[Indices, Indices]:
+    """Split positions for cross-validation, stratified; each position is in one fold.
+
+    Args:
+        labels: `(N,)` class numbers, or `(N, K)` of 0 and 1.
+        folds: Number of folds, 2 or more.
+        fold: Which one to hold out, from 0.
+        seed: Equal seeds and labels give equal folds.
+
+    Returns:
+        The positions outside and inside the fold, ascending.
+
+    Raises:
+        DataError: Fewer pictures than folds.
+    """
+    if len(labels) < folds:
+        raise DataError(f"data.folds={folds}: there are only {len(labels)} pictures\n  use fewer folds")
+    kinds = strata(labels)
+    number = np.empty(len(labels), np.int64)
+    dealt = 0
+    # Dealt like cards, each class going on where the last one ended: folds differ in size by one at most.
+    for kind in np.unique(kinds):
+        members = np.flatnonzero(kinds == kind)
+        members = members[generator(seed, "fold", int(kind)).permutation(len(members))]
+        number[members] = (dealt + np.arange(len(members))) % folds
+        dealt += len(members)
+    return np.flatnonzero(number != fold), np.flatnonzero(number == fold)
+
+
+def limited(labels: Indices, limit: int, seed: int) -> Indices:
+    """Return `limit` positions, ascending, every class with its share (largest remainders), but at least one.
+
+    Args:
+        labels: `(N,)` class numbers, or `(N, K)` of 0 and 1.
+        limit: How many; all when there are fewer.
+        seed: Equal seeds and labels give equal subsets; a smaller limit gives a subset of a larger one's, as far as
+            the shares allow.
+
+    Raises:
+        ConfigError: Fewer than one picture a class.
+    """
+    kinds = strata(labels)
+    numbers, counts = np.unique(kinds, return_counts=True)
+    if limit >= len(labels):
+        return np.arange(len(labels), dtype=np.int64)
+    if limit < len(numbers) and labels.ndim == 1:
+        raise ConfigError(
+            f"data.limit={limit} is below the {len(numbers)} classes\n  allowed: one picture a class or more"
+        )
+    exact = counts * (limit / counts.sum())
+    shares = np.maximum(np.floor(exact).astype(np.int64), 1 if limit >= len(numbers) else 0)
+    by_remainder = np.argsort(shares - exact, kind="stable")
+    while shares.sum() < limit:
+        for position in by_remainder[: limit - shares.sum()]:
+            shares[position] += shares[position] < counts[position]
+    while shares.sum() > limit:
+        shares[np.argmax(shares)] -= 1
+    chosen = []
+    for number, share in zip(numbers, shares, strict=True):
+        members = np.flatnonzero(kinds == number)
+        chosen.append(members[generator(seed, "limit", int(number)).permutation(len(members))][:share])
+    return np.sort(np.concatenate(chosen))
 
 
 def input_size(native: int, img_size: int | None, eval_resize: float) -> tuple[int, int]:
@@ -130,6 +202,8 @@ def checked(sets: DataSets) -> DataSets:
                 f"data {sets.name}: the {split} split is empty\n"
                 "  add pictures, or raise data.val_fraction / data.test_fraction"
             )
+        if sets.multilabel:
+            continue
         wrong = np.flatnonzero((source.labels < 0) | (source.labels >= sets.num_classes))
         if len(wrong):
             first = int(wrong[0])

@@ -16,7 +16,6 @@ from cvtrain.core.random import step_seed
 from cvtrain.core.types import Batch
 from cvtrain.engine.run import Display, Metrics, TrainRun
 from cvtrain.errors import DivergedError
-from cvtrain.scheduler import Clock
 
 SETTLE_BATCHES = 20
 """Training batches that batch norm's statistics are measured on; Wu & Johnson find a few thousand pictures enough."""
@@ -56,7 +55,8 @@ def train_epoch(run: TrainRun, started: float) -> None:
     state, options = run.state, run.options
     run.model.train()
     # Closed for certain, so that worker processes end with the epoch, also when an exception leaves it.
-    with closing(run.loader.train_batches(state.epoch, start=state.batch)) as epoch_batches:
+    size = run.resizing.phase(state.epoch).img_size
+    with closing(run.loader.train_batches(state.epoch, state.batch, size)) as epoch_batches:
         batches = islice(epoch_batches, run.batches_per_epoch - state.batch)
         for micro_batches in grouped(batches, options.grad_accum_steps):
             train_step(run, micro_batches)
@@ -96,9 +96,8 @@ def train_step(run: TrainRun, micro_batches: list[Batch]) -> None:
     """Take one optimizer step; its loss is the mean over all samples, also when the last micro-batch is short."""
     state, options = run.state, run.options
     torch.manual_seed(step_seed(options.seed, state.step, options.rank))  # dropout and stochastic depth
-    clock = Clock(state.step, run.steps_per_epoch, options.epochs)
     for group in run.optimizer.param_groups:
-        group["lr"] = run.schedule.lr(options.base_lr, clock)
+        group["lr"] = run.schedule.lr(*run.clock(state.step))
     total = sum(len(batch) for batch in micro_batches)
     for i, batch in enumerate(micro_batches):
         images = run.train_images(batch, state.epoch)
@@ -177,8 +176,7 @@ def check_finite(run: TrainRun, loss: float) -> None:
 
 
 def _last_lr(run: TrainRun) -> float:
-    clock = Clock(max(0, run.state.step - 1), run.steps_per_epoch, run.options.epochs)
-    return run.schedule.lr(run.options.base_lr, clock)
+    return run.schedule.lr(*run.clock(max(0, run.state.step - 1)))
 
 
 def _out_of_time(run: TrainRun) -> bool:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cvtrain.core.types import Batch, Preprocess
+from cvtrain.resizing import shrunk
+from cvtrain.scheduler import Clock
 
 if TYPE_CHECKING:
     from cvtrain.engine.checkpoint import CheckpointStore
@@ -24,8 +26,11 @@ class Loader(Protocol):
 
     steps_per_epoch: int
 
-    def train_batches(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
-        """Yield the epoch's batches in their seeded order, from batch number `start` on."""
+    def train_batches(self, epoch: int, start: int = 0, img_size: int | None = None) -> Generator[Batch, None, None]:
+        """Yield the epoch's batches in their seeded order, from batch number `start` on.
+
+        Pictures that are decoded as they are read may come cropped at random to `img_size`; None means whole.
+        """
         ...
 
     def eval_batches(self, split: str) -> Generator[Batch, None, None]:
@@ -39,8 +44,16 @@ class Augmentation(Protocol):
     batch: Mapping[str, Any]
     """The operations that mix a batch, by name; empty when there is none."""
 
-    def samples(self, images: Tensor, indices: NDArray[np.int64], seed: int, epoch: int, img_size: int) -> Tensor:
-        """Map uint8 `(B, C, R, R)` to float32 `(B, C, S, S)` in 0..1."""
+    def samples(
+        self,
+        images: Tensor,
+        indices: NDArray[np.int64],
+        seed: int,
+        epoch: int,
+        img_size: int,
+        cropped: bool = False,
+    ) -> Tensor:
+        """Map uint8 `(B, C, R, R)` to uint8 `(B, C, S, S)`."""
         ...
 
     def mix(self, images: Tensor, targets: Tensor, seed: int, step: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -59,12 +72,27 @@ class Metrics(Protocol):
         """Return the values by name."""
         ...
 
+    def right(self) -> tuple[int, int]:
+        """Return how many pictures were answered right, and how many there are."""
+        ...
+
+    def by_class(self) -> dict[str, NDArray[Any]]:
+        """Return `support`, `hits`, `precision`, `recall`, `f1` and more of each class, `(K,)`."""
+        ...
+
 
 class Task(Protocol):
     """What the model is for."""
 
+    multilabel: bool
+    """Whether a picture may have several labels."""
+
     def encode(self, targets: Tensor) -> Tensor:
         """Turn raw targets into what mixing and the loss work on."""
+        ...
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """Turn logits `(B, K)` into answers of the raw targets' shape."""
         ...
 
     def losses(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -121,6 +149,38 @@ class Schedule(Protocol):
 
     def load_state(self, state: dict[str, float]) -> None:
         """Take it back."""
+        ...
+
+
+class Phase(Protocol):
+    """Epochs in which the pictures have one size."""
+
+    @property
+    def first(self) -> int:
+        """Return its first epoch."""
+        ...
+
+    @property
+    def epochs(self) -> int:
+        """Return how many epochs it has."""
+        ...
+
+    @property
+    def img_size(self) -> int:
+        """Return the side that the model sees, in pixels."""
+        ...
+
+    @property
+    def lr(self) -> float | None:
+        """Return the base learning rate; None means the run's."""
+        ...
+
+
+class Resizing(Protocol):
+    """Size of the training pictures."""
+
+    def phase(self, epoch: int) -> Phase:
+        """Return the phase that `epoch` belongs to."""
         ...
 
 
@@ -263,6 +323,7 @@ class TrainRun:
     preprocess: Preprocess
     loader: Loader
     augmentation: Augmentation
+    resizing: Resizing
     task: Task
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -286,12 +347,22 @@ class TrainRun:
         """Return optimizer steps in an epoch."""
         return -(-self.batches_per_epoch // self.options.grad_accum_steps)
 
+    def augmented(self, batch: Batch, epoch: int) -> Tensor:
+        """Augment a raw batch; uint8 `(B, C, S, S)`, S being the epoch's size."""
+        size, images = self.resizing.phase(epoch).img_size, batch.images
+        if not batch.cropped:
+            images = shrunk(images, round(images.shape[-1] * size / self.preprocess.img_size))
+        return self.augmentation.samples(images, batch.indices, self.options.seed, epoch, size, batch.cropped)
+
     def train_images(self, batch: Batch, epoch: int) -> Tensor:
         """Augment and normalise a raw batch; float32 `(B, C, S, S)` in the run's memory format."""
-        images = self.augmentation.samples(
-            batch.images, batch.indices, self.options.seed, epoch, self.preprocess.img_size
-        )
-        return self.in_memory_format(self.preprocess.normalize(images))
+        return self.in_memory_format(self.preprocess.normalize(self.augmented(batch, epoch)))
+
+    def clock(self, step: int) -> tuple[float, Clock]:
+        """Return the base learning rate and the schedule's time of an optimizer step: both are the phase's own."""
+        phase = self.resizing.phase(step // self.steps_per_epoch)
+        base_lr = self.options.base_lr if phase.lr is None else phase.lr
+        return base_lr, Clock(step - phase.first * self.steps_per_epoch, self.steps_per_epoch, phase.epochs)
 
     def eval_images(self, batch: Batch) -> Tensor:
         """Crop and normalise a raw batch; never augmented."""

@@ -23,7 +23,10 @@ from cvtrain.evaluation.intervals import paired_difference
 from cvtrain.evaluation.runners import Runner, load_runner
 
 Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
-"""Yields float32 normalised images `(B, C, H, W)` and int64 labels `(B,)`, on the CPU."""
+"""Yields float32 normalised images `(B, C, H, W)` and labels, `(B,)` or `(B, K)`, on the CPU."""
+
+Decide = Callable[[Tensor], Tensor]
+"""Turns logits `(B, K)` into answers of the labels' shape."""
 
 MIN_FLOAT_AGREEMENT = 0.999
 _LOSSY = ("int8", "pruned")
@@ -42,7 +45,7 @@ class ProofRow:
         delta: Accuracy minus the reference's, -1..1.
         delta_low: Lower bound of the paired 95 % interval of `delta`.
         delta_high: Upper bound of it.
-        agreement: Share of samples with the same arg-max as the reference, 0..1.
+        agreement: Share of samples with the same answer as the reference, 0..1.
         max_logit_error: Largest absolute difference to the reference's logits; NaN where a logit is.
         params: Number of parameters.
         macs: Multiply-accumulates for one picture.
@@ -80,16 +83,21 @@ class _Tally:
     agreed: int = 0
     max_error: Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def add(self, logits: Tensor, reference: Tensor, labels: Tensor) -> None:
-        answer, expected = logits.argmax(1), reference.argmax(1)
-        right, reference_right = answer == labels, expected == labels
+    def add(self, logits: Tensor, reference: Tensor, labels: Tensor, decide: Decide) -> None:
+        answer, expected = decide(logits), decide(reference)
+        right, reference_right = _same(answer, labels), _same(expected, labels)
         self.total += len(labels)
         self.correct += int(right.sum())
         self.only_this += int((right & ~reference_right).sum())
         self.only_reference += int((reference_right & ~right).sum())
-        self.agreed += int((answer == expected).sum())
+        self.agreed += int(_same(answer, expected).sum())
         # torch.maximum, unlike max, keeps a NaN.
         self.max_error = torch.maximum(self.max_error, (logits - reference).abs().max())
+
+
+def _same(answers: Tensor, others: Tensor) -> Tensor:
+    """Return `(B,)` bool: whether all of an answer is the same."""
+    return (answers == others).reshape(len(answers), -1).all(1)
 
 
 def prove(
@@ -100,6 +108,7 @@ def prove(
     threads: int,
     latency_runs: int = 60,
     run_folder: Path | None = None,
+    decide: Decide = lambda logits: logits.argmax(1),
 ) -> list[ProofRow]:
     """Judge every artifact beside the reference, each loaded fresh from its file.
 
@@ -111,6 +120,7 @@ def prove(
         threads: Threads inside one operator, for every runtime.
         latency_runs: Timed runs of each artifact, 1 or more.
         run_folder: Paths inside it are given relative to it.
+        decide: The task's; an answer is right when all of it equals the labels.
 
     Returns:
         One row an artifact, the reference first.
@@ -126,7 +136,7 @@ def prove(
     torch.set_num_threads(threads)
     try:
         runners = [load_runner(artifact, threads) for artifact in everything]
-        tallies = _evaluate(runners, batches)
+        tallies = _evaluate(runners, batches, decide)
         if not math.isfinite(float(tallies[0].max_error)):
             raise DivergedError(
                 f"the reference {reference.name!r} gives logits that are not finite: nothing can be compared with it.\n"
@@ -144,12 +154,12 @@ def prove(
     ]
 
 
-def _evaluate(runners: Sequence[Runner], batches: Batches) -> list[_Tally]:
+def _evaluate(runners: Sequence[Runner], batches: Batches, decide: Decide) -> list[_Tally]:
     tallies = [_Tally() for _ in runners]
     for images, labels in batches():
         reference = runners[0](images)
         for position, (runner, tally) in enumerate(zip(runners, tallies, strict=True)):
-            tally.add(runner(images) if position else reference, reference, labels)
+            tally.add(runner(images) if position else reference, reference, labels, decide)
     if not tallies[0].total:
         raise DataError("the evaluation set is empty: there is nothing to prove an artifact on")
     return tallies

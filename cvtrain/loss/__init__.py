@@ -1,5 +1,7 @@
 """Losses; the `loss` group."""
 
+from cvtrain.loss.binary_cross_entropy import BinaryCrossEntropy
 from cvtrain.loss.cross_entropy import CrossEntropy
+from cvtrain.loss.weights import class_weights
 
-__all__ = ["CrossEntropy"]
+__all__ = ["BinaryCrossEntropy", "CrossEntropy", "class_weights"]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from rich.columns import Columns
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -105,6 +106,53 @@ class Progressing:
             self._progress = None
 
 
+HISTOGRAM_CLASSES = 20
+"""Classes that the histogram shows: of more, the largest and the smallest."""
+IMBALANCE = 10
+"""How many times the largest class may be the smallest before the run says so."""
+
+
+def class_histogram(names: Sequence[str], counts: Sequence[int]) -> Columns:
+    """Return how many training pictures each class has, the largest first, as many side by side as fit.
+
+    Args:
+        names: K class names.
+        counts: K counts.
+    """
+    order = sorted(range(len(names)), key=lambda k: (-counts[k], k))
+    half = HISTOGRAM_CLASSES // 2
+    shown = order if len(order) <= HISTOGRAM_CLASSES else [*order[:half], *order[-half:]]
+    width = max(len(names[k][:24]) for k in shown)
+    digits = max(len(f"{counts[k]:,}") for k in shown)
+    cells = []
+    for k in shown:
+        bar = "█" * max(int(counts[k] > 0), round(8 * counts[k] / max(1, *counts)))
+        cells.append(escape(f"{names[k][:24]:<{width}} {bar:<8} {counts[k]:>{digits},}"))
+    if len(shown) < len(order):
+        cells.insert(half, f"… and {len(order) - len(shown)} more …")
+    return Columns(cells, padding=(0, 3), equal=True, title="Training pictures by class")
+
+
+def imbalance_notice(names: Sequence[str], counts: Sequence[int], multilabel: bool) -> str | None:
+    """Return a sentence when the largest class has more than 10 times the pictures of the smallest, else None.
+
+    Args:
+        names: K class names.
+        counts: K counts.
+        multilabel: Whether a picture may have several labels; then no sampler can balance them.
+    """
+    most, least = (counts.index(extreme(counts)) for extreme in (max, min))
+    if counts[most] <= IMBALANCE * counts[least]:
+        return None
+    remedy = "class_weights=balanced gives rare classes more weight"
+    if not multilabel:
+        remedy = f"sampler=balanced shows rare classes more often, {remedy}"
+    return (
+        f"imbalance: {counts[most]:,} training pictures of {names[most]}, {counts[least]:,} of {names[least]}; "
+        f"{remedy}. per_class.csv will have the recall of each."
+    )
+
+
 def artifacts_table(rows: Sequence[Any], test_size: int, threads: int) -> Table:
     """Return the proof as a table; `rows` are evaluation.ProofRow."""
     table = Table(
@@ -140,7 +188,7 @@ def human_bytes(size: int) -> str:
 
 
 def sweep_table(jobs: Sequence[dict[str, Any]]) -> Table:
-    """Return one row for each job of a multirun: overrides, outcome, metrics; below it mean ± std over the seeds."""
+    """Return one row for each job of a multirun: overrides, outcome, metrics; below, mean ± std over seeds and folds."""
     table = Table(title="Jobs", title_justify="left", title_style="bold", header_style="bold")
     table.add_column("#", justify="right")
     table.add_column("job")
@@ -159,11 +207,14 @@ def sweep_table(jobs: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+_REPEATS = ("seed=", "data.split_seed=", "data.fold=")
+
+
 def _over_seeds(jobs: Sequence[dict[str, Any]]) -> list[str]:
     groups: dict[str, list[float]] = {}
     for job in jobs:
         if "test/acc" in job.get("metrics", {}):
-            parts = [part for part in job["name"].split(",") if not part.startswith(("seed=", "data.split_seed="))]
+            parts = [part for part in job["name"].split(",") if not part.startswith(_REPEATS)]
             groups.setdefault(",".join(parts) or "all", []).append(100 * job["metrics"]["test/acc"])
     return [
         f"{name}: test accuracy {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} % "

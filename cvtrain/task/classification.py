@@ -21,6 +21,8 @@ class Classification:
         num_classes: K.
     """
 
+    multilabel = False
+
     def __init__(
         self, loss: Callable[[Tensor, Tensor], Tensor], regularizers: Sequence[Regularizer], num_classes: int
     ) -> None:
@@ -31,6 +33,10 @@ class Classification:
     def encode(self, targets: Tensor) -> Tensor:
         """Turn class numbers `(B,)` int64 into probabilities `(B, K)` float32, what mixing works on."""
         return F.one_hot(targets, self.num_classes).float()
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """Turn logits `(B, K)` into class numbers `(B,)` int64."""
+        return logits.argmax(1)
 
     def losses(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return the terms of the training objective.

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from cvtrain.core.types import Preprocess
-from cvtrain.data import FileSource, Folder, Loader, LoaderConfig, printable, read_picture
+from cvtrain.data import EncodedSource, Folder, Loader, LoaderConfig, printable, read_picture
 from cvtrain.errors import ConfigError, DataError
 
 
@@ -186,7 +186,7 @@ def test_a_class_of_which_nothing_is_readable_stops(tmp_path):
     fill(tmp_path, {"a": 50, "b": 3})
     for path in (tmp_path / "b").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(DataError, match="no readable training picture of class b"):
+    with pytest.raises(DataError, match=r"no readable training picture of 1 class\(es\): b"):
         load(tmp_path, on_error="skip", max_bad=0.5)
 
 
@@ -207,7 +207,7 @@ def test_pictures_that_do_not_fit_the_cache_are_read_on_demand_with_equal_pixels
     fill(tmp_path, {"a": 10, "b": 10})
     cached, _ = load(tmp_path)
     lazy, _ = load(tmp_path, cache_mb=0)
-    assert isinstance(lazy.train, FileSource)
+    assert isinstance(lazy.train, EncodedSource)
     assert lazy.train.names == cached.train.names
     where = np.array([3, 0, 9])
     assert torch.equal(lazy.train.read(where), cached.train.read(where))
@@ -224,7 +224,7 @@ def test_without_img_size_a_folder_is_read_at_224_with_imagenets_statistics(tmp_
     assert rgb.preprocess == Preprocess(224, 255, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     grey = Folder(root=str(tmp_path), channels=1).load(32, 1.0, 2)
     assert grey.preprocess == Preprocess(32, 32, 1, (0.5,), (0.5,))
-    assert tuple(grey.train.images.shape[1:]) == (1, 32, 32)
+    assert tuple(grey.train.read(np.arange(2)).shape[1:]) == (1, 32, 32)
 
 
 def pixel(path, channels=3):

@@ -135,7 +135,7 @@ def test_evaluation_gives_the_sources_own_pixels_at_every_pass(mode, workers):
     made = loader(data, mode=mode, workers=workers, batch_size=64)
     for _ in range(2):
         images = torch.cat([batch.images for batch in made.eval_batches("val")])
-        assert torch.equal(images, data.val.images)
+        assert torch.equal(images, data.val.read(np.arange(len(data.val))))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -147,21 +147,21 @@ def test_loading_consumes_no_global_generator(workers):
 
 
 def test_auto_takes_the_device_for_arrays_and_the_host_for_files_and_says_why():
-    assert (loader().mode, "fit on cpu" in loader().reason) == ("device", True)
+    assert (loader().mode, "in memory already" in loader().reason) == ("device", True)
     files = loader(sets(wrap=Wrapped), workers=0)
     assert (files.mode, "as they are needed" in files.reason) == ("host", True)
     assert loader(mode="host").mode == "host"
 
 
 def test_auto_keeps_a_set_that_is_too_large_off_an_accelerator(monkeypatch):
-    monkeypatch.setattr("cvtrain.data.loader.MEMORY_LIMIT", 100)
+    monkeypatch.setattr("cvtrain.data.loader.DEVICE_LIMIT", 100)
     made = loader(device=torch.device("meta"))
     assert made.mode == "host"
     assert "exceed" in made.reason
 
 
 def test_the_device_for_files_is_refused_with_the_fix():
-    with pytest.raises(DataError, match=r"data\.cache_mb"):
+    with pytest.raises(DataError, match=r"data\.cache=disk.*data\.cache_mb"):
         loader(sets(wrap=Wrapped), mode="device")
 
 

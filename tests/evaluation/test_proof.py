@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
+from sklearn.metrics import accuracy_score
 from torch import nn
 
 from cvtrain.compression import PruneUnstructured, PtqStatic, run_steps
@@ -16,6 +17,7 @@ from cvtrain.evaluation import ProofRow, paired_difference, prove, write_artifac
 from cvtrain.evaluation.proof import measure_latency
 from cvtrain.evaluation.runners import load_runner
 from cvtrain.export import Onnx, Safetensors, export_onnx
+from cvtrain.task import Multilabel
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
 COLUMNS = (
@@ -155,8 +157,8 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(rows, tmp_path):
         write_artifacts_csv(rows, tmp_path / "missing" / "artifacts.csv")
 
 
-def linear(classes=4):
-    torch.manual_seed(0)
+def linear(classes=4, seed=0):
+    torch.manual_seed(seed)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, classes)).eval()
 
 
@@ -220,6 +222,32 @@ def test_one_flip_in_two_thousand_is_allowed_and_three_are_not(tmp_path):
         else:
             with pytest.raises(CvtrainError, match="not the model"):
                 prove(reference, [other], evaluation, flips[:1], threads=1, latency_runs=1)
+
+
+def test_answers_of_several_labels_are_right_and_the_same_only_as_a_whole(tmp_path):
+    reference, other = linear(), linear(seed=1)
+    with torch.no_grad():
+        for ours, theirs in zip(reference.parameters(), other.parameters(), strict=True):
+            theirs.copy_(ours + 0.1 * theirs)
+    images, _ = next(samples(300)())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        given, expected = ((model(images) >= 0).numpy() for model in (other, reference))
+    labels = torch.from_numpy(expected ^ (torch.rand(expected.shape, generator=generator) < 0.05).numpy()).byte()
+    parts = list(zip(images.split(100), labels.split(100), strict=True))
+    artifacts = [saved(other, tmp_path / "b.safetensors", "pruned")]
+    rows = prove(
+        saved(reference, tmp_path / "a.safetensors"),
+        artifacts,
+        lambda: iter(parts),
+        EXAMPLE,
+        threads=1,
+        latency_runs=1,
+        decide=Multilabel(None, [], 4).decide,
+    )
+    assert [row.accuracy for row in rows] == [accuracy_score(labels, expected), accuracy_score(labels, given)]
+    assert rows[1].agreement == accuracy_score(expected, given)
+    assert 0.1 < rows[1].accuracy < rows[1].agreement < 0.95
 
 
 def test_a_nan_logit_shows_in_the_error_and_condemns_a_float_artifact(tmp_path):

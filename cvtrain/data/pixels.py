@@ -1,0 +1,59 @@
+"""Pillow images and uint8 arrays to square tensors."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+
+def resize_all(pixels: NDArray[np.uint8], resize: int, workers: int) -> Tensor:
+    """Resize the short side and crop the centre.
+
+    Args:
+        pixels: uint8 `(N, H, W, C)`.
+        resize: Side of the result, in pixels.
+        workers: Threads; 0 or 1 means none.
+
+    Returns:
+        uint8 `(N, C, resize, resize)`, channels last in memory.
+    """
+    if pixels.shape[1:3] == (resize, resize):
+        return torch.from_numpy(np.array(pixels, order="C")).permute(0, 3, 1, 2)
+    result = torch.empty((len(pixels), resize, resize, pixels.shape[-1]), dtype=torch.uint8)
+
+    def fill(position: int) -> None:
+        picture = pixels[position]
+        image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
+        result[position] = to_tensor(square(image, resize)).permute(1, 2, 0)
+
+    if workers > 1:
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(fill, range(len(pixels))))
+    else:
+        for position in range(len(pixels)):
+            fill(position)
+    return result.permute(0, 3, 1, 2)
+
+
+def square(image: Image.Image, resize: int) -> Image.Image:
+    """Resize the short side to `resize` pixels (Pillow's antialiased bilinear) and crop the centre.
+
+    Only the central square is resized, so that a picture of 20000 × 2 pixels never becomes a huge one on the way.
+    """
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    if image.size == (resize, resize):
+        return image
+    return image.resize((resize, resize), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Return an "L" or "RGB" image as uint8 `(C, H, W)`, channels last in memory."""
+    array: NDArray[Any] = np.array(image)
+    return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)

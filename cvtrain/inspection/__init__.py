@@ -1,0 +1,1 @@
+"""Looking at a data set: duplicates, leaks and statistics, and the page that shows them."""
