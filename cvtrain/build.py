@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from torch import nn
+from torch import Tensor, nn
 
 from cvtrain.catalog import shipped_targets
 from cvtrain.core import distributed
@@ -160,19 +160,20 @@ class Builder:
         Raises:
             ConfigError: The task, the loss, `class_weights` and the data do not go together.
         """
-        spec = self.config.get("class_weights", "none")
-        weight = class_weights(spec, sets.train.labels, sets.class_names)
-        loss = self.build("loss", weight=None if weight is None else weight.to(device))
-        target = self.config["loss"]["_target_"]
-        if weight is not None and "weight" not in inspect.signature(resolve(target, self.trusted)).parameters:
-            raise ConfigError(f"class_weights={spec}: {target} takes no weight; use class_weights=none.")
-        task: Task = self.build("task", loss=loss, regularizers=list(regularizers), num_classes=sets.num_classes)
+        loss = self.build("loss")
+        task: Task = self.build(
+            "task",
+            loss=loss,
+            regularizers=list(regularizers),
+            num_classes=sets.num_classes,
+            class_weights=self._class_weights(sets, loss, device),
+        )
         if sets.multilabel and not task.multilabel:
             raise ConfigError(f"data {sets.name} gives a picture several labels; use task=multilabel loss=bce.")
         if task.multilabel and not sets.multilabel:
             raise ConfigError(
                 f"task=multilabel: data {sets.name} gives a picture one class; "
-                "use task=classification loss=cross_entropy, or data with several labels."
+                "use task=classification loss=cross_entropy, or data=csv with data.label_separator."
             )
         return task
 
@@ -212,6 +213,24 @@ class Builder:
         """Return `max` or `min`."""
         mode = str(self.config["mode"])
         return METRICS[self.config["monitor"]] if mode == "auto" else mode
+
+    def _class_weights(self, sets: DataSets, loss: Any, device: torch.device) -> Tensor | None:  # noqa: ANN401
+        spec = self.config.get("class_weights", "none")
+        weights = class_weights(spec, sets.train.labels, sets.class_names)
+        if weights is None:
+            return None
+        task = resolve(self.config["task"]["_target_"], self.trusted)
+        for group, called, name in (("task", task, "class_weights"), ("loss", loss, "weight")):
+            if name not in inspect.signature(called).parameters:
+                refusing = self.config[group]["_target_"]
+                raise ConfigError(f"class_weights={spec}: {refusing} takes no {name}; use class_weights=none.")
+        shown = weights[:, 1] if sets.multilabel else weights
+        least, most = int(shown.argmin()), int(shown.argmax())
+        log.info(
+            "class_weights: from %.3g (%s) to %.3g (%s)",
+            *(float(shown[least]), sets.class_names[least], float(shown[most]), sets.class_names[most]),
+        )
+        return weights.to(device)
 
     def _accepted(self, group: str, target: Any, given: dict[str, Any], runtime: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
         parameters = inspect.signature(target).parameters

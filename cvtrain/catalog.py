@@ -38,9 +38,9 @@ def groups(extra: Path | None = None) -> dict[str, dict[str, str]]:
     return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 
-def defaults() -> dict[str, str]:
-    """Return the option, or the list of options, that each group has in train.yaml."""
-    block = (config_folder() / "train.yaml").read_text().split("defaults:\n", 1)[1].split("\n\n", 1)[0]
+def defaults(verb: str = "train") -> dict[str, str]:
+    """Return the option, or the list of options, that each group of a verb has in its YAML; empty without groups."""
+    block = (config_folder() / f"{verb}.yaml").read_text().partition("defaults:\n")[2].split("\n\n", 1)[0]
     pairs = re.findall(r"^\s+- (\w+):\s*([^#\n]+)", block, flags=re.MULTILINE)
     return {group: option.strip() for group, option in pairs}
 

@@ -128,7 +128,9 @@ class Composer:
 
     def _check_names(self, overrides: Sequence[str]) -> None:
         """Catch a misspelt group first: Hydra would suggest `+modle=…`, which trains the wrong model."""
-        groups = catalog.groups(self.extra) if self.verb == "train" else {}
+        groups = catalog.groups(self.extra)
+        if self.verb != "train":
+            groups = {name: options for name, options in groups.items() if name in catalog.defaults(self.verb)}
         for override in self.parse(overrides):
             key = override.key_or_group
             if (
@@ -152,7 +154,7 @@ class Composer:
                 raise _unknown_name(key, override.get_value_element_as_str(), groups, names, self.verb)
 
     def _check_complete(self, config: dict[str, Any]) -> None:
-        groups = set(catalog.defaults()) - {"experiment", "debug"} if self.verb == "train" else set()
+        groups = set(catalog.defaults(self.verb)) - {"experiment", "debug"}
         missing = sorted(groups.union(name for name, _, _ in catalog.keys(self.verb)) - config.keys())
         if missing:
             raise ConfigError(
@@ -230,7 +232,7 @@ def _unknown_name(key: str, value: str, groups: dict[str, dict[str, str]], names
     hint = f"did you mean {' or '.join(f'{name}={value}' for name in close[:2])}? " if close else ""
     if not groups:
         return ConfigError(f"unknown key {key!r} of cvtrain {verb}; {hint}keys: {', '.join(names)}")
-    return ConfigError(f"unknown group or key {key!r}; {hint}groups: {', '.join(groups)} (keys: cvtrain train --help)")
+    return ConfigError(f"unknown group or key {key!r}; {hint}groups: {', '.join(groups)} (keys: cvtrain {verb} --help)")
 
 
 def trusted_packages(overrides: Sequence[Override]) -> list[str]:

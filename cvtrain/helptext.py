@@ -48,11 +48,11 @@ def verb_help(verb: str) -> str:
         return "cvtrain list [GROUP]: show the groups, or the options of one group.\n"
     lines = [f"cvtrain {verb}: {catalog.verbs()[verb]}", "", "Keys (set with key=value)"]
     lines += [f"  {name + '=' + default:<34}{text}" for name, default, text in catalog.keys(verb)]
-    if verb == "train":
+    chosen = catalog.defaults(verb)
+    if chosen:
         lines += ["", "Groups (set with group=option; cvtrain list GROUP shows the options)"]
         lines += [
-            f"  {group + '=' + default:<34}{' '.join(catalog.groups()[group])}"
-            for group, default in catalog.defaults().items()
+            f"  {group + '=' + default:<34}{' '.join(catalog.groups()[group])}" for group, default in chosen.items()
         ]
     lines += [
         "",

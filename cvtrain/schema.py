@@ -173,6 +173,12 @@ RULES: dict[str, Rule] = {
     "fold": Rule("int", low=0, optional=True),
     "limit": COUNT_OR_NULL,
     "max_pixels": COUNT,
+    "label_separator": TEXT_OR_NULL,
+    "val_root": TEXT_OR_NULL,
+    "test_root": TEXT_OR_NULL,
+    "shards_mb": COUNT,
+    "image_column": TEXT_OR_NULL,
+    "label_column": TEXT_OR_NULL,
     # augmentation
     "prob": SHARE,
     "padding": WHOLE,
@@ -188,6 +194,18 @@ RULES: dict[str, Rule] = {
     "mixup_alpha": NOT_NEGATIVE,
     "cutmix_alpha": NOT_NEGATIVE,
     "switch_prob": SHARE,
+    "distortion_scale": SHARE,
+    "kernel_size": COUNT,
+    "sigma": PAIR,
+    "noise_mean": Rule("float", low=-1, high=1),
+    "noise_sigma": SHARE,
+    "amount": SHARE,
+    "policy": Rule("str", choices=("cifar10", "imagenet", "svhn")),
+    "num_ops": Rule("int", low=1, high=20),
+    "magnitude": Rule("int", low=0, high=30),
+    "severity": Rule("int", low=1, high=10),
+    "mixture_width": Rule("int", low=1, high=10),
+    "transforms": Rule("list"),  # Albumentations checks what stands in it
     # regularizer, optimizer, scheduler, precision
     "label_smoothing": SHARE_BELOW_1,
     "drop_prob": SHARE_BELOW_1,
@@ -218,7 +236,10 @@ RULES: dict[str, Rule] = {
     "opset": Rule("int", low=18),
     "dynamic": FLAG,
     "images": COUNT,
+    # check
+    "near": Rule("float", low=1, optional=True),
     # predict and the verbs on a finished run
+    "what": Rule("str", choices=("aug",)),
     "run": TEXT_OR_NULL,
     "weights": TEXT_OR_NULL,
     "source": Rule("str", optional=True),

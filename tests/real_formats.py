@@ -1,11 +1,15 @@
 """Small data sets in the true file formats of the real ones."""
 
 import gzip
+import io
+import json
 import pickle
 import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 
@@ -51,6 +55,141 @@ def write_cifar100(folder):
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"f{i}" for i in range(100)]}, 4))
 
 
+def write_svhn(root, train=60, test=20):
+    from scipy.io import savemat
+
+    root.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    written = {}
+    for part, count in (("train", train), ("test", test)):
+        pixels = rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
+        # The digit 0 is stored as 10.
+        labels = np.array([[i % 10 or 10] for i in range(count)], np.uint8)
+        savemat(root / f"{part}_32x32.mat", {"X": pixels, "y": labels}, do_compression=True)
+        written[part] = pixels
+    return written
+
+
+def write_stl10(root, train=60, test=20):
+    root.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    written = {}
+    for part, count in (("train", train), ("test", test)):
+        pixels = rng.integers(0, 256, (count, 96, 96, 3), dtype=np.uint8)
+        # Plane by plane, each column by column.
+        (root / f"{part}_X.bin").write_bytes(np.ascontiguousarray(pixels.transpose(0, 3, 2, 1)).tobytes())
+        (root / f"{part}_y.bin").write_bytes(bytes(i % 10 + 1 for i in range(count)))
+        written[part] = pixels
+    return written
+
+
+def photograph(path, number, size=(40, 32), format="JPEG"):
+    """A noisy picture that says by its colours which class it is of: 0 to 124 as digits of base 5."""
+    levels = [20 + 50 * (number // base % 5) for base in (1, 5, 25)]
+    noise = np.random.default_rng([number, len(str(path))]).integers(-8, 9, (size[1], size[0], 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((np.array(levels) + noise).astype(np.uint8)).save(path, format, quality=95)
+    return path
+
+
+def class_of(pixels):
+    """The number that `photograph` hid in uint8 `(C, H, W)`."""
+    digits = np.round((pixels.reshape(3, -1).mean(axis=1) - 20) / 50).astype(int)
+    return int(digits @ [1, 5, 25])
+
+
+def write_flowers102(root, train=1, val=1, test=1):
+    """`train`, `val` and `test` pictures of each of the 102 flowers, their numbers shuffled."""
+    from scipy.io import savemat
+
+    numbers = np.random.default_rng(0).permutation(102 * (train + val + test)) + 1
+    labels = np.zeros((1, len(numbers)), np.uint8)
+    ids = dict(zip(("trnid", "valid", "tstid"), np.split(numbers, np.cumsum([102 * train, 102 * val])), strict=True))
+    for chosen in ids.values():
+        for position, number in enumerate(chosen):
+            labels[0, number - 1] = position % 102 + 1
+            photograph(root / "jpg" / f"image_{number:05d}.jpg", position % 102)
+    savemat(root / "imagelabels.mat", {"labels": labels})
+    savemat(root / "setid.mat", {name: chosen[None].astype(np.uint16) for name, chosen in ids.items()})
+
+
+def write_oxford_pet(root, breeds=("Abyssinian", "american_bulldog", "Egyptian_Mau"), train=14, test=4):
+    (root / "annotations").mkdir(parents=True)
+    for part, first, count in (("trainval", 1, train), ("test", 1 + train, test)):
+        lines = []
+        for number, breed in enumerate(breeds):
+            for i in range(first, first + count):
+                photograph(root / "images" / f"{breed}_{i}.jpg", number)
+                lines.append(f"{breed}_{i} {number + 1} {1 + breed[0].islower()} 1\n")
+        (root / "annotations" / f"{part}.txt").write_text("".join(lines))
+    (root / "images" / "Abyssinian_100.mat").write_bytes(b"left over in the real set")
+
+
+def write_food101(root, dishes=("apple_pie", "baby_back_ribs", "zuppa"), train=14, test=4):
+    (root / "meta").mkdir(parents=True)
+    listed = {"train": {}, "test": {}}
+    for number, dish in enumerate(dishes):
+        names = [f"{dish}/{1000 * number + i}" for i in range(train + test)]
+        listed["train"][dish], listed["test"][dish] = names[:train], names[train:]
+        for name in names:
+            photograph(root / "images" / f"{name}.jpg", number)
+    for part, content in listed.items():
+        (root / "meta" / f"{part}.json").write_text(json.dumps(content))
+
+
+def write_imagenet(root, wnids=("n01440764", "n02012849", "n03126707"), train=14, val=4):
+    for split, count in (("train", train), ("val", val)):
+        for number, wnid in enumerate(wnids):
+            for i in range(count):
+                photograph(root / split / wnid / f"{wnid}_{i}.JPEG", number)
+
+
+def write_csv(root, classes=("blue", "green", "red"), count=14):
+    lines = ["path,label\n"]
+    for number, name in enumerate(classes):
+        for i in range(count):
+            path = photograph(root / "pictures" / f"{number}_{i}.jpg", number)
+            lines.append(f"{path.relative_to(root)},{name}\n")
+    (root / "labels.csv").write_text("".join(lines))
+    return root / "labels.csv"
+
+
+def encoded(number, size=(40, 32), format="JPEG"):
+    """The bytes of a `photograph`."""
+    levels = [20 + 50 * (number // base % 5) for base in (1, 5, 25)]
+    stream = io.BytesIO()
+    Image.new("RGB", size, tuple(levels)).save(stream, format, quality=95)
+    return stream.getvalue()
+
+
+def add(archive, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def write_shards(root, shards=3, count=20, classes=3, prefix="shard"):
+    """Shards of `count` samples each, the class of sample i being i % classes."""
+    root.mkdir(parents=True, exist_ok=True)
+    for number in range(shards):
+        with tarfile.open(root / f"{prefix}-{number:06d}.tar", "w") as archive:
+            for i in range(count):
+                add(archive, f"{number * count + i:06d}.jpg", encoded(i % classes))
+                add(archive, f"{number * count + i:06d}.cls", str(i % classes).encode())
+    return root
+
+
+def write_hf(root, count=42, classes=("blue", "green", "red")):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(classes))})
+    rows = {
+        "image": [{"bytes": encoded(i % len(classes)), "path": None} for i in range(count)],
+        "label": [i % len(classes) for i in range(count)],
+    }
+    datasets.Dataset.from_dict(rows, features).save_to_disk(root)
+    return root
+
+
 def write_folder(root, classes=("blue", "green", "red"), count=12, size=(40, 32)):
     """Pictures that a few steps of training can tell apart, one folder a class."""
     rng = np.random.default_rng(0)
@@ -71,8 +210,17 @@ def write_for(option: str, root: Path) -> list[str]:
         write_cifar10(root, protocol=4)
     elif option == "cifar100":
         write_cifar100(root)
-    elif option == "folder":
-        write_folder(root)
+    elif option in ("folder", "flowers102", "oxford_pet", "food101", "imagenet", "csv", "shards", "hf"):
+        return [*_write_pictures(option, root), "img_size=32", f"data.cache_dir={root.parent / 'cache'}"]
+    elif option in ("svhn", "stl10"):
+        globals()[f"write_{option}"](root)
     else:
         return []
     return [f"data.root={root}"]
+
+
+def _write_pictures(option, root):
+    made = globals()[f"write_{option}"](root)
+    if option == "hf":
+        return [f"data.name={root}"]
+    return [f"data.root={made if option == 'csv' else root}"]

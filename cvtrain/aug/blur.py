@@ -19,7 +19,9 @@ def gaussian_weights(kernel_size: int, sigma: NDArray[np.float32]) -> NDArray[np
     """Return the half kernel `(n, kernel_size // 2 + 1)`, centre first, for `sigma` `(n,)` in pixels."""
     reach = kernel_size // 2
     weights = np.exp(-0.5 * np.square(np.arange(reach + 1) / sigma.astype(np.float64)[:, None]))
-    return (weights / (2.0 * weights.sum(axis=1, keepdims=True) - weights[:, :1])).astype(np.float32)
+    weights /= 2.0 * weights.sum(axis=1, keepdims=True) - weights[:, :1]
+    halves: NDArray[np.float32] = weights.astype(np.float32)
+    return halves
 
 
 def gaussian_blur(images: Tensor, weights: Tensor) -> Tensor:

@@ -76,26 +76,6 @@ def shifted_crop_batched(images: Tensor, top: NDArray[np.int64], left: NDArray[n
     return padded[samples, rows, columns].permute(0, 3, 1, 2)
 
 
-def sample_at(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Read `images` bilinearly at `x` and `y`.
-
-    Args:
-        images: Float `(B, C, H, W)`.
-        x: `(B, H', W')` columns, in pixels.
-        y: `(B, H', W')` rows, in pixels.
-
-    Returns:
-        Float `(B, C, H', W')`, 0 outside the picture.
-    """
-    height, width = images.shape[-2:]
-    grid = torch.empty((*x.shape, 2), dtype=images.dtype, device=images.device)
-    torch.mul(x, 2 / width, out=grid[..., 0])
-    torch.mul(y, 2 / height, out=grid[..., 1])
-    grid[..., 0] += 1 / width - 1
-    grid[..., 1] += 1 / height - 1
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-
-
 def affine(images: Tensor, degrees: Parameters, shift: tuple[Parameters, Parameters], scale: Parameters) -> Tensor:
     """Rotate and scale about the centre of the picture, then shift; bilinear.
 
@@ -109,20 +89,22 @@ def affine(images: Tensor, degrees: Parameters, shift: tuple[Parameters, Paramet
         uint8 `(B, C, H, W)`.
     """
     height, width = images.shape[-2:]
-    centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
-    columns = np.arange(width) - centre_x - shift[0][:, None]
-    rows = np.arange(height) - centre_y - shift[1][:, None]
+    columns = np.arange(width) - (width - 1) / 2 - shift[0][:, None]
+    rows = np.arange(height) - (height - 1) / 2 - shift[1][:, None]
     cosine = (np.cos(np.deg2rad(degrees)) / scale)[:, None]
     sine = (np.sin(np.deg2rad(degrees)) / scale)[:, None]
-    # The grid asks where each output pixel comes from, hence the inverse map; it is a sum of one term a column and one
-    # a row: x, then y.
-    by_column = np.stack([cosine * columns + centre_x, -sine * columns])
-    by_row = np.stack([sine * rows, cosine * rows + centre_y])
-    across = to_device(by_column.astype(np.float32), images.device)[:, :, None, :]
-    down = to_device(by_row.astype(np.float32), images.device)[:, :, :, None]
+    # Where each output pixel comes from, hence the inverse map: x, then y, each a sum of a term a column and one a row,
+    # in halves of the picture from its centre as `grid_sample` counts.
+    across = np.stack([cosine * columns * (2 / width), -sine * columns * (2 / height)]).astype(np.float32)
+    down = np.stack([sine * rows * (2 / width), cosine * rows * (2 / height)]).astype(np.float32)
+    x_across, y_across = to_device(across, images.device).unsqueeze(2)
+    x_down, y_down = to_device(down, images.device).unsqueeze(3)
     for part in chunks(images):
-        moved = sample_at(images[part].float(), across[0, part] + down[0, part], across[1, part] + down[1, part])
-        store(moved, images[part])
+        source = images[part]
+        grid = torch.empty((len(source), height, width, 2), device=images.device)
+        torch.add(x_across[part], x_down[part], out=grid[..., 0])
+        torch.add(y_across[part], y_down[part], out=grid[..., 1])
+        store(F.grid_sample(source.float(), grid, mode="bilinear", align_corners=False), source)
     return images
 
 

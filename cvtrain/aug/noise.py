@@ -52,17 +52,17 @@ class GaussianNoise:
     """Add normal noise to each channel of each pixel, rounded to whole levels and cut off at 0 and 255.
 
     Args:
-        mean: Mean of the noise, of levels in 0..1.
-        sigma: Its standard deviation, of levels in 0..1.
+        noise_mean: Mean of the noise, of levels in 0..1.
+        noise_sigma: Its standard deviation, of levels in 0..1.
         prob: Share of the pictures that get noise.
     """
 
-    def __init__(self, mean: float = 0.0, sigma: float = 0.1, prob: float = 0.5) -> None:
-        self.mean = number("mean", mean, -1, 1)
-        self.sigma = number("sigma", sigma, 0, 1)
+    def __init__(self, noise_mean: float = 0.0, noise_sigma: float = 0.1, prob: float = 0.5) -> None:
+        self.noise_mean = number("noise_mean", noise_mean, -1, 1)
+        self.noise_sigma = number("noise_sigma", noise_sigma, 0, 1)
         self.prob = number("prob", prob, 0, 1)
         quantiles = torch.special.ndtri((torch.arange(_FINE, dtype=torch.float64) + 0.5) / _FINE)
-        self._levels = (255.0 * (self.mean + self.sigma * quantiles)).round().to(torch.int16)
+        self._levels = (255.0 * (self.noise_mean + self.noise_sigma * quantiles)).round().to(torch.int16)
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
         """Map uint8 `(B, C, H, W)` to the same."""

@@ -91,7 +91,8 @@ class Perspective:
         right, bottom = width - 1.0, height - 1.0
         base = np.array([[0.0, 0.0], [right, 0.0], [right, bottom], [0.0, bottom]])
         inwards = np.array([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
-        return base + inwards * moves
+        corners: NDArray[np.float64] = base + inwards * moves
+        return corners
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
         """Map uint8 `(B, C, H, W)` to the same."""

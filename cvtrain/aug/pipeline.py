@@ -54,6 +54,8 @@ class Augmentation:
         self.sample = {str(key): op for key, op in (sample or {}).items() if op is not None}
         self.batch = {str(key): op for key, op in (batch or {}).items() if op is not None}
         self.eval_resize = number("eval_resize", eval_resize, 1)
+        # Asked once: a look at a protocol costs as much as the flip of 20 pictures.
+        self._resizing = {key: op for key, op in self.sample.items() if isinstance(op, Resizing)}
 
     @property
     def crop(self) -> CropChooser | None:
@@ -87,8 +89,8 @@ class Augmentation:
         leave_out = cropped and self.crop is not None
         with _one_thread(images.device):
             for key, op in list(self.sample.items())[leave_out:]:
-                draw = _Draw(seed, epoch, indices, key)
-                images = op.to_size(images, draw, img_size) if isinstance(op, Resizing) else op(images, draw)
+                draw, resizing = _Draw(seed, epoch, indices, key), self._resizing.get(key)
+                images = op(images, draw) if resizing is None else resizing.to_size(images, draw, img_size)
         top, left = (images.shape[-2] - img_size) // 2, (images.shape[-1] - img_size) // 2
         return images[..., top : top + img_size, left : left + img_size]
 

@@ -90,17 +90,11 @@ def plan(
     return Plan(operations, np.where(negative, -magnitudes, magnitudes))
 
 
-def choose(choices: NDArray[np.int64], uniforms: NDArray[np.float32]) -> NDArray[np.int64]:
+def choose(choices: NDArray[np.int64], uniforms: NDArray[np.floating]) -> NDArray[np.int64]:
     """Return one of `choices`, all equally likely, for each number in [0, 1)."""
     # In float64, where nothing below 1 is rounded up to the length.
     chosen: NDArray[np.int64] = choices[(uniforms.astype(np.float64) * len(choices)).astype(np.int64)]
     return chosen
-
-
-def _whole(name: str, value: int, low: int, high: int) -> int:
-    if value != int(value):
-        raise ConfigError(f"aug: {name}={value} is not a whole number\n  allowed: {low} to {high}")
-    return int(number(name, value, low, high))
 
 
 class RandAugment:
@@ -114,8 +108,8 @@ class RandAugment:
     bins = 31
 
     def __init__(self, num_ops: int = 2, magnitude: int = 9) -> None:
-        self.num_ops = _whole("num_ops", num_ops, 1, 20)
-        self.magnitude = _whole("magnitude", magnitude, 0, self.bins - 1)
+        self.num_ops = int(number("num_ops", num_ops, 1, 20))
+        self.magnitude = int(number("magnitude", magnitude, 0, self.bins - 1))
 
     def plan(self, draw: Draw, size: tuple[int, int]) -> Plan:
         """Draw for pictures of `size` (height, width)."""
@@ -153,7 +147,7 @@ class AutoAugment:
 
     bins = 10
 
-    def __init__(self, policy: str = "imagenet") -> None:
+    def __init__(self, policy: str) -> None:
         if policy not in POLICIES:
             raise ConfigError(f"aug: policy={policy} is unknown; {did_you_mean(str(policy), POLICIES, 'policies')}")
         self.policy = policy

@@ -39,6 +39,16 @@ OPERATIONS = (
 """Names as in Cubuk et al. 2019; a plan holds positions in this tuple."""
 
 
+GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+_FACTORS = ("Brightness", "Color", "Contrast", "Sharpness")
+_PLACE = {name: place for place, name in enumerate(OPERATIONS)}
+# From a magnitude to the parameter of an operation that is not geometric.
+_SCALE = np.where(np.isin(OPERATIONS, "Solarize"), 255.0, 1.0)
+_OFFSET = np.where(np.isin(OPERATIONS, _FACTORS), 1.0, 0.0)
+_BLOCK = 2**20
+"""Bytes of pictures worked on at once on a CPU."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What each sample goes through.
@@ -65,76 +75,78 @@ def run(images: Tensor, plan: Plan, interpolation: str = "nearest") -> Tensor:
     Returns:
         uint8 `(B, C, H, W)` with the strides of `images`.
     """
-    device, size = images.device, (images.shape[-2], images.shape[-1])
-    planes = images.contiguous()
-    place = np.arange(len(images))  # which sample each row holds now
-    for slot in range(plan.operations.shape[1]):
-        operation, magnitude = plan.operations[place, slot], plan.magnitudes[place, slot]
-        order = np.argsort(_KIND[operation], kind="stable")
-        place, kind = place[order], _KIND[operation[order]]
-        parameters = to_device(_parameters(operation[order], magnitude[order], size), device)
-        planes = planes.index_select(0, to_device(order, device))
+    result = torch.empty_like(images)
+    # Large enough for a few samples of each operation, small enough to stay in a CPU's cache from slot to slot.
+    count = max(1, _BLOCK // images[0].numel()) if images.device.type == "cpu" else len(images)
+    parameters = parameters_of(plan, (images.shape[-2], images.shape[-1]))
+    for first in range(0, len(images), count):
+        part = slice(first, first + count)
+        planes = torch.empty_like(images[part], memory_format=torch.contiguous_format)
+        _copy(images[part], planes)
+        _copy(_run_block(planes, _KIND[plan.operations[part]], parameters[part], interpolation), result[part])
+    return result
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    """Copy between memory orders channel by channel: torch is slow at taking bytes apart, and NumPy less so."""
+    for channel in range(source.shape[1]):
+        if source.device.type == "cpu":
+            np.copyto(target[:, channel].numpy(), source[:, channel].numpy())
+        else:
+            target[:, channel] = source[:, channel]
+
+
+def _run_block(planes: Tensor, kinds: NDArray[np.int64], parameters: NDArray[np.float32], interpolation: str) -> Tensor:
+    place = np.arange(len(planes))  # which sample each row holds now
+    for slot in range(kinds.shape[1]):
+        order = np.argsort(kinds[place, slot], kind="stable")
+        place = place[order]
+        kind = kinds[place, slot]
+        planes = planes.index_select(0, to_device(order, planes.device))
+        sent = to_device(parameters[place, slot], planes.device)
         starts = np.flatnonzero(np.diff(kind, prepend=-1)).tolist()
         for start, stop in zip(starts, [*starts[1:], len(kind)], strict=True):
             function = _FUNCTIONS[kind[start]]
             if function is not None:
-                _apply(function, planes[start:stop], parameters[start:stop], interpolation)
-    planes = planes.index_select(0, to_device(np.argsort(place), device))
-    result = torch.empty_like(images)
-    # Channel by channel, for torch is slow at interleaving them itself.
-    for channel in range(images.shape[1]):
-        result[:, channel] = planes[:, channel]
-    return result
+                _apply(function, planes[start:stop], sent[start:stop], interpolation)
+    return planes.index_select(0, to_device(np.argsort(place), planes.device))
 
 
 def _apply(function: Callable[..., Tensor], planes: Tensor, parameters: Tensor, interpolation: str) -> None:
     for part in chunks(planes):
         if function is warp:
-            planes[part] = warp(planes[part], parameters[part].view(-1, 2, 3), interpolation)
+            planes[part] = warp(planes[part], parameters[part], interpolation)
         else:
             planes[part] = function(planes[part], parameters[part, 0])
 
 
-def _parameters(
-    operation: NDArray[np.int64], magnitude: NDArray[np.float32], size: tuple[int, int]
-) -> NDArray[np.float32]:
-    """Return `(B, 6)`: the rows of an inverse affine matrix, else the one parameter of the operation and nothing."""
-    rows = np.zeros((len(operation), 6), dtype=np.float32)
-    geometric = _KIND[operation] == _KIND[OPERATIONS.index("Rotate")]
-    rows[geometric] = inverse_matrices(operation[geometric], magnitude[geometric], size)
-    rest = ~geometric
-    name, value = operation[rest], magnitude[rest].astype(np.float64)
-    value = np.where(np.isin(name, _FACTORS), 1.0 + value, value)
-    value = np.where(name == OPERATIONS.index("Solarize"), 255.0 * value, value)
-    rows[rest, 0] = value
-    return rows
-
-
-def inverse_matrices(
-    operation: NDArray[np.int64], magnitude: NDArray[np.float32], size: tuple[int, int]
-) -> NDArray[np.float32]:
-    """Return where the geometric operations take their pixels from.
+def parameters_of(plan: Plan, size: tuple[int, int]) -> NDArray[np.float32]:
+    """Return what the functions below take.
 
     Args:
-        operation: `(n,)` positions in OPERATIONS.
-        magnitude: `(n,)`, as in `Plan`.
+        plan: For B samples.
         size: Height and width, in pixels.
 
     Returns:
-        `(n, 6)` [a, b, c, d, e, f]: output (x, y), in pixels from the centre, shows input (ax + by + c, dx + ey + f).
-        Shears keep the top left corner, rotations the centre.
+        `(B, S, 6)`. For geometric operations the inverse map [a, b, c, d, e, f]: output (x, y), in pixels from the
+        centre, shows input (ax + by + c, dx + ey + f), in halves of the width and height from the centre; shears keep
+        the top left corner, rotations the centre. For the others their one parameter and nothing.
     """
-    (height, width), m = size, magnitude.astype(np.float64)
-    matrix = np.tile(np.array([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]), (len(m), 1))
-    name = np.asarray(OPERATIONS)[operation]
-    matrix[:, 1] = np.where(name == "ShearX", m, 0.0)
-    matrix[:, 3] = np.where(name == "ShearY", m, 0.0)
-    matrix[:, 2] = matrix[:, 1] * (height / 2) - np.where(name == "TranslateX", np.trunc(m), 0.0)
-    matrix[:, 5] = matrix[:, 3] * (width / 2) - np.where(name == "TranslateY", np.trunc(m), 0.0)
-    turned = name == "Rotate"
-    cosine, sine = np.cos(np.deg2rad(m[turned])), np.sin(np.deg2rad(m[turned]))
-    matrix[turned] = np.stack([cosine, -sine, 0 * sine, sine, cosine, 0 * sine], axis=1)
-    return matrix.astype(np.float32)
+    height, width = size
+    m = plan.magnitudes.astype(np.float64)
+    shear_x, shear_y, left, up, turned = (plan.operations == _PLACE[name] for name in GEOMETRIC)
+    angle = np.deg2rad(m * turned)
+    rows = np.zeros((*m.shape, 6))
+    rows[..., 0] = rows[..., 4] = np.cos(angle)
+    rows[..., 1] = m * shear_x - np.sin(angle)
+    rows[..., 3] = m * shear_y + np.sin(angle)
+    rows[..., 2] = m * shear_x * (height / 2) - np.trunc(m) * left
+    rows[..., 5] = m * shear_y * (width / 2) - np.trunc(m) * up
+    rows *= np.repeat([2 / width, 2 / height], 3)
+    single = (
+        np.array([1.0, 0.0, 0.0, 0.0, 0.0, 0.0]) * (m * _SCALE[plan.operations] + _OFFSET[plan.operations])[..., None]
+    )
+    return np.where((_KIND[plan.operations] == _KIND[_PLACE["Rotate"]])[..., None], rows, single).astype(np.float32)
 
 
 def to_uint8(values: Tensor) -> Tensor:
@@ -144,23 +156,18 @@ def to_uint8(values: Tensor) -> Tensor:
 
 
 def warp(images: Tensor, matrix: Tensor, interpolation: str = "nearest") -> Tensor:
-    """Resample by an affine map.
+    """Resample by an affine map; what comes from outside is 0.
 
     Args:
         images: uint8 `(n, C, H, W)`.
-        matrix: `(n, 2, 3)` float32, as `inverse_matrices`.
+        matrix: `(n, 6)` float32, from `parameters_of`.
         interpolation: `nearest` or `bilinear`.
     """
-    count, _, height, width = images.shape
-    x = torch.arange(width, device=images.device, dtype=torch.float32).sub_((width - 1) / 2).view(1, 1, 1, -1)
-    y = torch.arange(height, device=images.device, dtype=torch.float32).sub_((height - 1) / 2).view(1, 1, -1, 1)
-    a, b, c = (matrix[:, :, k].reshape(count, 2, 1, 1) for k in range(3))
-    # grid_sample wants -1 and 1 at the picture's outer edges.
-    grid = torch.empty((count, 2, height, width), device=images.device)
-    for axis, half in ((0, width / 2), (1, height / 2)):
-        across = (a[:, axis] / half) * x[:, 0]
-        down = (b[:, axis] / half) * y[:, 0] + c[:, axis] / half
-        torch.add(across, down, out=grid[:, axis])
+    height, width = images.shape[-2:]
+    x = to_device(np.arange(width, dtype=np.float32) - (width - 1) / 2, images.device).view(1, 1, 1, -1)
+    y = to_device(np.arange(height, dtype=np.float32) - (height - 1) / 2, images.device).view(1, 1, -1, 1)
+    per_x, per_y, constant = matrix.view(-1, 2, 3, 1, 1).unbind(dim=2)
+    grid = per_x * x + (per_y * y + constant)
     values = F.grid_sample(images.float(), grid.permute(0, 2, 3, 1), mode=interpolation, align_corners=False)
     return values.to(torch.int16).to(torch.uint8) if interpolation == "nearest" else to_uint8(values.round_())
 
@@ -192,18 +199,18 @@ def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
     """Stretch about a 3×3 smoothing (centre 5, others 1, over 13) by `factor` `(n,)`; the outermost pixels stay."""
     if min(images.shape[-2:]) <= 2:
         return images
-    levels = images.to(torch.int16)
-    across = levels[..., 1:] + levels[..., :-1]
-    across = across[..., 1:] + levels[..., :-2]
-    total = across[..., 1:-1, :] + across[..., :-2, :]
-    total.add_(across[..., 2:, :])
-    inner = images[..., 1:-1, 1:-1].float()
-    factor = factor.view(-1, 1, 1, 1)
-    # factor · inner + (1 - factor) · (total + 4 · inner) / 13
-    share = (1.0 - factor) * (1.0 / 13.0)
-    values = total.float().mul_(share).add_(inner.mul_(factor + 4.0 * share))
+    # On the memory as one row, which is quick; what runs over an edge of the picture only ever ends in its border.
+    width, levels = images.shape[-1], images.to(torch.int16).flatten()
+    across = (levels[:-2] + levels[1:-1]).add_(levels[2:])
+    total = torch.zeros_like(levels)
+    torch.add(across[: -2 * width], across[width:-width], out=total[width + 1 : -width - 1])
+    total[width + 1 : -width - 1].add_(across[2 * width :])
+    # factor · level + (1 - factor) · (total + 4 · level) / 13
+    share = (1.0 - factor.view(-1, 1, 1, 1)) * (1.0 / 13.0)
+    values = total.view(images.shape).float().mul_(share)
+    values = to_uint8(values.add_(images.float().mul_(factor.view(-1, 1, 1, 1) + 4.0 * share)))
     result = images.clone()
-    result[..., 1:-1, 1:-1] = to_uint8(values)
+    result[..., 1:-1, 1:-1] = values[..., 1:-1, 1:-1]
     return result
 
 
@@ -234,20 +241,16 @@ def autocontrast(images: Tensor, _: Tensor) -> Tensor:
 def equalize(images: Tensor, _: Tensor) -> Tensor:
     """Even out each channel's histogram, as Pillow does."""
     levels = images.flatten(2).long()
-    histogram = torch.zeros((*levels.shape[:2], 256), dtype=torch.int64, device=images.device)
+    histogram = torch.zeros((*levels.shape[:2], 256), dtype=torch.int32, device=images.device)
     histogram.scatter_add_(2, levels, histogram.new_ones(()).expand_as(levels))
-    return _equalizing_table(histogram).gather(2, levels).view(images.shape)
-
-
-def _equalizing_table(histogram: Tensor) -> Tensor:
-    """Return the new level of each of 256 levels, uint8, for int64 histograms `(…, 256)`."""
-    levels = torch.arange(256, device=histogram.device)
-    total = histogram.cumsum(-1)
     # Pillow leaves the highest level that occurs out of the sum.
-    highest = torch.where(histogram > 0, levels, 0).amax(dim=-1, keepdim=True)
-    step = (total[..., -1:] - histogram.gather(-1, highest)) // 255
-    table = (total - histogram + step // 2) // step.clamp(min=1)
-    return torch.where(step == 0, levels, table.clamp_(max=255)).to(torch.uint8)
+    highest = images.amax(dim=(2, 3)).long().unsqueeze(2)
+    step = (levels.shape[2] - histogram.gather(2, highest)) // 255
+    below = histogram.cumsum(2, dtype=torch.int32).sub_(histogram).add_(step // 2)
+    # In float64 the division is quicker and its floor is exact.
+    table = below.double().div_(step.clamp(min=1)).clamp_(max=255).to(torch.uint8)
+    table = torch.where(step == 0, torch.arange(256, device=images.device, dtype=torch.uint8), table)
+    return table.gather(2, levels).view(images.shape)
 
 
 def invert(images: Tensor, _: Tensor) -> Tensor:
@@ -255,7 +258,6 @@ def invert(images: Tensor, _: Tensor) -> Tensor:
     return images.bitwise_not()
 
 
-_FACTORS = [OPERATIONS.index(name) for name in ("Brightness", "Color", "Contrast", "Sharpness")]
 _KIND = np.array([0, 1, 1, 1, 1, 1, *range(2, 11)])
 """For each operation its place in `_FUNCTIONS`: the geometric ones are one."""
 _FUNCTIONS: tuple[Callable[..., Tensor] | None, ...] = (

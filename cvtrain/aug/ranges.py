@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cvtrain.errors import ConfigError
 
-CACHED_PIXELS = 2**15
-"""Pixels whose float planes, some ten of them, stay in a CPU core's second-level cache."""
+CACHED_PIXELS = 2**16
+"""Pixels whose float planes about fill a CPU core's second-level cache; with fewer, calls cost more than memory."""
 BATCHED_PIXELS = 2**24
 """Pixels whose float planes are a small share of a GPU's memory."""
 

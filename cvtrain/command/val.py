@@ -30,7 +30,7 @@ def run(config: dict[str, Any], trusted: list[str]) -> int:
     attach_log(make_console(json_output=True))
     shipped = deployed.load(config, trusted)
     folder = Path(str(config["run"]))
-    trained = {**deployed.run_config(folder), "trusted": trusted, "device": config["device"]}
+    trained = {**deployed.run_config(folder), "trusted": trusted, "device": config["device"], "class_weights": "none"}
     audit(trained, trusted)
     validate(trained, trusted)
     builder = Builder(trained, trusted)

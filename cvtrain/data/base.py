@@ -255,13 +255,17 @@ class EncodedDataSet(DataSet):
             notes.append(f"{shape[0]} pictures decoded into {needed / 2**20:.0f} MiB of memory")
             return torch.from_numpy(array).permute(0, 3, 1, 2), verdicts
         key = cache.key(everything.identities(), ("checked", self.max_pixels))
-        verdicts, known = cache.verdicts(key, lambda: everything.check(self.max_pixels))
+        verdicts, known = cache.verdicts(key, lambda: self._checked(everything))
         why = "asked for" if self.cache == "none" else f"{needed / 2**20:.0f} MiB exceed data.cache_mb={self.cache_mb}"
         notes.append(
             f"{shape[0]} pictures are decoded at each reading ({why}; data.cache=disk decodes once for all runs); "
             + ("found readable by an earlier run" if known else "each was decoded once to see that it is readable")
         )
         return None, verdicts
+
+    def _checked(self, everything: _Everything) -> Verdicts:
+        """Return which pictures cannot be read; overridden where that is known without reading all of them."""
+        return everything.check(self.max_pixels)
 
     def _judge(self, name: str, bad: list[str], total: int, notes: list[str]) -> None:
         """Stop, or note what was left out."""

@@ -1,11 +1,11 @@
-"""Published data sets in their official files, with their official test split: MNIST's family and CIFAR."""
+"""Published data sets in their official files, with their official test split: MNIST's family, CIFAR, SVHN, STL-10."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cvtrain.data.base import DataSet
 from cvtrain.data.collection import Collection, Part
 from cvtrain.data.idx import read_idx
+from cvtrain.data.official import Downloadable, read_mat
 from cvtrain.data.pickles import cifar_arrays, read_pickle
 from cvtrain.errors import DataError
 
@@ -20,26 +21,11 @@ Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 @dataclass(kw_only=True)
-class _Published(DataSet):
-    """A data set with an official test split; val is carved from the official training split.
+class _Published(Downloadable, DataSet):
+    """Arrays with an official test split; val is carved from the official training split."""
 
-    Attributes:
-        root: Folder of the files; null means `data/<name>` under the current folder.
-        download: Let torchvision download the files into `root` when they are absent.
-    """
-
-    name: ClassVar[str]
-    torchvision_name: ClassVar[str]
     size: ClassVar[int]
     channels: ClassVar[int]
-
-    root: str | None = None
-    download: bool = False
-
-    @property
-    def folder(self) -> Path:
-        """Return the folder of the files."""
-        return Path(self.root) if self.root is not None else Path("data") / self.name
 
     def read(self) -> Collection:
         """Read the official files; errors as in `DataSet.read`."""
@@ -47,45 +33,8 @@ class _Published(DataSet):
         parts = {}
         for split, (pixels, labels) in (("train", train), ("test", test)):
             parts[split] = Part(pixels, labels, [f"{split}/{i}" for i in range(len(labels))])
-        return Collection(self.name, class_names, self.channels, self.size, parts, root=self.folder)
-
-    def _files(self) -> dict[str, Path]:
-        """Return the files by role, downloading them when that was asked for and they are absent."""
-        found = self._find()
-        if found is None and self.download:
-            self._fetch()
-            found = self._find()
-        if found is None:
-            raise DataError(
-                f"data={self.name}: no data in {self.folder.absolute()}\n"
-                f"  expected there: {self._expected()}\n"
-                "  give the folder with data.root=DIR, or download it with data.download=true"
-            )
-        return found
-
-    def _fetch(self) -> None:
-        # Slow to import and needed for nothing else.
-        from torchvision import datasets
-
-        dataset: Any = getattr(datasets, self.torchvision_name)
-        try:
-            for train in (True, False):
-                dataset(str(self.folder), train=train, download=True)
-        # torchvision's downloaders raise a dozen types, from URLError to RuntimeError.
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(
-                f"data={self.name}: the download into {self.folder.absolute()} failed: {reason}\n"
-                f"  put the files there yourself ({self._expected()}) or give their folder with data.root=DIR"
-            ) from error
-
-    @abstractmethod
-    def _expected(self) -> str:
-        """Return the names of the files, for messages."""
-
-    @abstractmethod
-    def _find(self) -> dict[str, Path] | None:
-        """Return the files by role, None when not all are there."""
+        notes = [f"official splits: {len(train[1])} train, {len(test[1])} test"]
+        return Collection(self.name, class_names, self.channels, self.size, parts, notes, root=self.folder)
 
     @abstractmethod
     def _read(self, files: dict[str, Path]) -> tuple[list[str], Arrays, Arrays]:
@@ -168,30 +117,17 @@ class _Cifar(_Published):
 
     size = 32
     channels = 3
-    subfolder: ClassVar[str]
-    train_files: ClassVar[tuple[str, ...]]
-    test_file: ClassVar[str]
-    meta_file: ClassVar[str]
     names_key: ClassVar[str]
     label_key: ClassVar[str]
 
-    def _expected(self) -> str:
-        return f"{self.subfolder}/ with {', '.join((*self.train_files, self.test_file, self.meta_file))}"
-
-    def _find(self) -> dict[str, Path] | None:
-        for folder in (self.folder / self.subfolder, self.folder):
-            found = {name: folder / name for name in (*self.train_files, self.test_file, self.meta_file)}
-            if all(path.is_file() for path in found.values()):
-                return found
-        return None
-
     def _read(self, files: dict[str, Path]) -> tuple[list[str], Arrays, Arrays]:
-        names = read_pickle(files[self.meta_file]).get(self.names_key)
+        *train_files, test_file, meta_file = (files[name] for name in self.needed)
+        names = read_pickle(meta_file).get(self.names_key)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise DataError(f"{files[self.meta_file]}: no list of texts '{self.names_key}'\n  download it again")
-        parts = [cifar_arrays(files[name], self.label_key) for name in self.train_files]
+            raise DataError(f"{meta_file}: no list of texts '{self.names_key}'\n  download it again")
+        parts = [cifar_arrays(path, self.label_key) for path in train_files]
         train = np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
-        return names, train, cifar_arrays(files[self.test_file], self.label_key)
+        return names, train, cifar_arrays(test_file, self.label_key)
 
 
 class CIFAR10(_Cifar):
@@ -199,10 +135,8 @@ class CIFAR10(_Cifar):
 
     name = "cifar10"
     torchvision_name = "CIFAR10"
-    subfolder = "cifar-10-batches-py"
-    train_files = tuple(f"data_batch_{i}" for i in range(1, 6))
-    test_file = "test_batch"
-    meta_file = "batches.meta"
+    subfolders = ("cifar-10-batches-py", "")
+    needed = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
     names_key = "label_names"
     label_key = "labels"
 
@@ -212,9 +146,71 @@ class CIFAR100(_Cifar):
 
     name = "cifar100"
     torchvision_name = "CIFAR100"
-    subfolder = "cifar-100-python"
-    train_files = ("train",)
-    test_file = "test"
-    meta_file = "meta"
+    subfolders = ("cifar-100-python", "")
+    needed = ("train", "test", "meta")
     names_key = "fine_label_names"
     label_key = "fine_labels"
+
+
+class SVHN(_Published):
+    """99,289 colour photographs of house numbers, 32 × 32, cropped to a digit (Netzer et al. 2011).
+
+    The 531,131 easier pictures of the `extra` file are not used.
+    """
+
+    name = "svhn"
+    torchvision_name = "SVHN"
+    torchvision_splits = ({"split": "train"}, {"split": "test"})
+    needed = ("train_32x32.mat", "test_32x32.mat")
+    size = 32
+    channels = 3
+
+    def _read(self, files: dict[str, Path]) -> tuple[list[str], Arrays, Arrays]:
+        train, test = (self._arrays(files[name]) for name in self.needed)
+        return [str(i) for i in range(10)], train, test
+
+    def _arrays(self, path: Path) -> Arrays:
+        pixels, numbers = read_mat(path, "X", "y")
+        labels = numbers.reshape(-1).astype(np.int64)
+        if pixels.dtype != np.uint8 or pixels.shape != (32, 32, 3, len(labels)):
+            raise DataError(
+                f"{path}: pictures of shape {pixels.shape} for {len(labels)} labels\n"
+                "  expected (32, 32, 3, N) bytes and N labels; download the file again"
+            )
+        # The digit 0 is stored as 10.
+        return np.ascontiguousarray(pixels.transpose(3, 0, 1, 2)), np.where(labels == 10, 0, labels)
+
+
+class STL10(_Published):
+    """13,000 labelled colour photographs, 96 × 96, 10 classes (Coates et al. 2011).
+
+    The 100,000 unlabelled pictures and the ten predefined folds of 1,000 training pictures are not used.
+    """
+
+    name = "stl10"
+    torchvision_name = "STL10"
+    torchvision_splits = ({"split": "train"}, {"split": "test"})
+    subfolders = ("stl10_binary", "")
+    needed = ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin")
+    size = 96
+    channels = 3
+
+    def _read(self, files: dict[str, Path]) -> tuple[list[str], Arrays, Arrays]:
+        names = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+        train, test = (self._arrays(files[f"{part}_X.bin"], files[f"{part}_y.bin"]) for part in ("train", "test"))
+        return names, train, test
+
+    def _arrays(self, pictures: Path, classes: Path) -> Arrays:
+        try:
+            pixels, labels = np.fromfile(pictures, np.uint8), np.fromfile(classes, np.uint8)
+        except OSError as error:
+            raise DataError(f"{error.filename}: {error.strerror or error}\n  download it again") from error
+        side = self.size
+        if len(pixels) != len(labels) * 3 * side * side:
+            raise DataError(
+                f"{pictures}: {len(pixels)} bytes for {len(labels)} labels\n"
+                f"  expected {3 * side * side} bytes a picture; download both files again"
+            )
+        # Planes of columns, as MATLAB writes them; classes count from 1.
+        rows = np.ascontiguousarray(pixels.reshape(-1, 3, side, side).transpose(0, 3, 2, 1))
+        return rows, labels.astype(np.int64) - 1

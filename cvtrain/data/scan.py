@@ -9,7 +9,7 @@ from cvtrain.data.picture import extensions, printable
 from cvtrain.errors import DataError
 
 _SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
-_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 @dataclass
@@ -89,8 +89,8 @@ def _listing(folder: str) -> tuple[list[str], list[str]]:
 
 def _layout(root: str, folders: list[str], notes: list[str]) -> dict[str, str]:
     """Return split -> folder name; {"": ""} when the folders are classes."""
-    named = [name for name in folders if name in _SPLITS]
-    others = [name for name in folders if name not in _SPLITS]
+    named = [name for name in folders if name in SPLITS]
+    others = [name for name in folders if name not in SPLITS]
     # "train" beside "car" and "plane" is a class.
     if not named or (others and (len(named) == 1 or "train" not in named)):
         return {"": ""}
@@ -101,12 +101,12 @@ def _layout(root: str, folders: list[str], notes: list[str]) -> dict[str, str]:
             "  add a train folder, or give a folder of classes with data.root=DIR"
         )
     layout: dict[str, str] = {}
-    for name in sorted(named, key=list(_SPLITS).index):
-        if _SPLITS[name] in layout:
+    for name in sorted(named, key=list(SPLITS).index):
+        if SPLITS[name] in layout:
             raise DataError(
-                f"data=folder: {where} holds both {layout[_SPLITS[name]]} and {name}\n  keep one of them for validation"
+                f"data=folder: {where} holds both {layout[SPLITS[name]]} and {name}\n  keep one of them for validation"
             )
-        layout[_SPLITS[name]] = name
+        layout[SPLITS[name]] = name
     if others:
         shown = ", ".join(printable(name) for name in others[:5])
         notes.append(f"folders beside {', '.join(named)} are left out: {shown}")

@@ -91,7 +91,7 @@ def look(sets: DataSets, workers: int, max_pixels: int = MAX_PIXELS) -> Views:
         splits=np.repeat(np.arange(len(SPLITS)), counts),
         positions=np.concatenate([np.arange(count) for count in counts]),
         names=[name for source in sources for name in source.names],
-        labels=[label for source in sources for label in _label_names(source, sets.class_names)],
+        labels=[label for source in sources for label in label_names(source, sets.class_names)],
     )
 
 
@@ -178,7 +178,8 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def _label_names(source: Source, class_names: list[str]) -> list[str]:
+def label_names(source: Source, class_names: list[str]) -> list[str]:
+    """Return the class of each picture of a split, or its classes joined by `+`."""
     if source.labels.ndim == 1:
         return [class_names[label] for label in source.labels.tolist()]
     return [" + ".join(class_names[k] for k in np.flatnonzero(row)) for row in source.labels]
@@ -187,13 +188,13 @@ def _label_names(source: Source, class_names: list[str]) -> list[str]:
 def thumbnail(sets: DataSets, views: Views, row: int, side: int) -> Image.Image:
     """Return picture `row`, as the model gets it, no larger than `side` pixels; small ones in whole multiples."""
     source: Source = getattr(sets, SPLITS[int(views.splits[row])])
-    pixels = source.read(views.positions[row : row + 1])[0].permute(1, 2, 0).contiguous().numpy()
+    pixels = source.read(views.positions[row : row + 1])[0].permute(1, 2, 0).numpy()
     return shown(pixels, side)
 
 
 def shown(pixels: NDArray[np.uint8], side: int) -> Image.Image:
     """Return uint8 `(H, W, C)` as a picture for the page, at most `side` pixels wide."""
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3])
+    image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3]))
     if image.width >= side:
         return image.resize((side, side), Image.Resampling.BOX)
     times = max(1, side // image.width)

@@ -7,16 +7,14 @@ from torch import Tensor
 
 
 class BinaryCrossEntropy:
-    """Mean over batch and labels of `-weight_k · t · log σ(x) - (1 - t) · log(1 - σ(x))`.
+    """Mean over batch and labels of `-t · log σ(x) - (1 - t) · log(1 - σ(x))`."""
 
-    Args:
-        weight: `(K,)` float32 weight of the pictures that have a label against those that have not, on the logits'
-            device; None: all 1.
-    """
+    def __call__(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return the scalar float32 loss.
 
-    def __init__(self, weight: Tensor | None = None) -> None:
-        self.weight = weight
-
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the scalar float32 loss of logits `(B, K)` against targets `(B, K)` float in 0..1."""
-        return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=self.weight)
+        Args:
+            logits: `(B, K)`.
+            targets: `(B, K)` float in 0..1.
+            weight: `(B, K)` factor of each label's loss; the mean stays one over all labels.
+        """
+        return F.binary_cross_entropy_with_logits(logits.float(), targets, weight=weight)

@@ -21,13 +21,13 @@ BETA = 0.9999
 def class_weights(spec: str | Mapping[Any, float], labels: NDArray[Any], class_names: Sequence[str]) -> Tensor | None:
     """Return the weight of each class in the loss.
 
-    One label a picture: `balanced` is N / (K · n_k), scikit-learn's; `effective` is the inverse of the effective
-    number of samples, (1 - β) / (1 - β^n_k) (Cui et al., "Class-balanced loss based on effective number of samples",
-    CVPR 2019, arXiv:1901.05555). All, also given ones, are scaled to a mean of 1 over the training pictures, not over
-    the classes: so the size of the loss stays, and with it the learning rate that suits it.
+    `balanced` is N / (K · n_k), scikit-learn's; `effective` is the inverse of the effective number of samples,
+    (1 - β) / (1 - β^n_k) (Cui et al., "Class-balanced loss based on effective number of samples", CVPR 2019,
+    arXiv:1901.05555). Where a picture may have several labels, each label is a problem of its own with two classes,
+    absent and present; a given weight is then that of presence to absence, PyTorch's `pos_weight`.
 
-    Several labels: the weight of a label's presence against its absence; `balanced` is (N - n_k) / n_k, `effective` the
-    same ratio of effective numbers, and given weights are taken as they are.
+    All are scaled to a mean of 1 over the training pictures, not over the classes: so the size of the loss stays, and
+    with it the learning rate that suits it.
 
     Args:
         spec: `none`, `balanced`, `effective`, or a weight above 0 for each class name.
@@ -35,7 +35,8 @@ def class_weights(spec: str | Mapping[Any, float], labels: NDArray[Any], class_n
         class_names: K names.
 
     Returns:
-        `(K,)` float32 on the CPU, all above 0; None for `none`.
+        float32 on the CPU, all above 0: `(K,)`, or `(K, 2)` for the absence and the presence of each label; None for
+        `none`.
 
     Raises:
         ConfigError: Unknown or missing class names.
@@ -43,25 +44,17 @@ def class_weights(spec: str | Mapping[Any, float], labels: NDArray[Any], class_n
     if spec == "none":
         return None
     counts = class_counts(labels, len(class_names))
-    absent = len(labels) - counts
+    several = labels.ndim == 2
+    if several:
+        counts = np.stack([len(labels) - counts, counts], axis=-1)
     if isinstance(spec, Mapping):
-        weights = _given(spec, class_names)
-    elif labels.ndim == 2:
-        weights = _known(absent, spec) / _known(counts, spec)
+        given = _given(spec, class_names)
+        weights = np.stack([np.ones_like(given), given], axis=-1) if several else given
     else:
-        weights = 1.0 / _known(counts, spec)
-    if labels.ndim == 1:
-        weights = weights * len(labels) / (counts @ weights)
+        known = np.maximum(counts, 1)  # a class without a picture counts as if it had one
+        weights = 1.0 / (known if spec == "balanced" else -np.expm1(known * math.log(BETA)) / (1.0 - BETA))
+    weights = weights * counts.sum(-1, keepdims=True) / (counts * weights).sum(-1, keepdims=True)
     return torch.from_numpy(weights).float()
-
-
-def _known(counts: NDArray[np.int64], spec: str) -> NDArray[np.float64]:
-    """Return how many pictures `counts` (K,) are worth; a class without one counts as if it had one."""
-    counts = np.maximum(counts, 1)
-    if spec == "balanced":
-        return counts.astype(np.float64)
-    effective: NDArray[np.float64] = -np.expm1(counts * math.log(BETA)) / (1.0 - BETA)
-    return effective
 
 
 def _given(spec: Mapping[Any, float], class_names: Sequence[str]) -> NDArray[np.float64]:

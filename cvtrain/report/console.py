@@ -188,7 +188,7 @@ def human_bytes(size: int) -> str:
 
 
 def sweep_table(jobs: Sequence[dict[str, Any]]) -> Table:
-    """Return one row for each job of a multirun: overrides, outcome, metrics; below, mean ± std over seeds and folds."""
+    """Return one row for each job of a multirun; below them, mean ± std over seeds and folds."""
     table = Table(title="Jobs", title_justify="left", title_style="bold", header_style="bold")
     table.add_column("#", justify="right")
     table.add_column("job")

@@ -10,25 +10,36 @@ from torch import Tensor, nn
 
 from cvtrain.core.metrics import ClassificationMetrics
 from cvtrain.regularizer.base import Regularizer
+from cvtrain.task.targets import prepared
 
 
 class Classification:
     """One class a picture.
 
+    The loss is a mean over pictures also with class weights, where `torch.nn.CrossEntropyLoss(weight=…)` divides by
+    their sum: so accumulated micro-batches equal the large batch, and a batch of one class keeps its weight. Over a
+    whole training set the two agree, since the weights of its pictures have a mean of 1.
+
     Args:
-        loss: Maps logits `(B, K)` and probabilities `(B, K)` to a scalar.
+        loss: Maps logits `(B, K)` and probabilities `(B, K)`, and with class weights a weight `(B,)`, to a scalar.
         regularizers: Soften the training targets, in order.
         num_classes: K.
+        class_weights: `(K,)` float32 above 0 on the run's device; None: all 1.
     """
 
     multilabel = False
 
     def __init__(
-        self, loss: Callable[[Tensor, Tensor], Tensor], regularizers: Sequence[Regularizer], num_classes: int
+        self,
+        loss: Callable[..., Tensor],
+        regularizers: Sequence[Regularizer],
+        num_classes: int,
+        class_weights: Tensor | None = None,
     ) -> None:
         self.loss = loss
         self.regularizers = list(regularizers)
         self.num_classes = num_classes
+        self.class_weights = class_weights
 
     def encode(self, targets: Tensor) -> Tensor:
         """Turn class numbers `(B,)` int64 into probabilities `(B, K)` float32, what mixing works on."""
@@ -51,12 +62,11 @@ class Classification:
             that its target gives to the predicted class, so that a mixed picture counts by λ.
         """
         logits = model(images)
-        softened = targets
-        for regularizer in self.regularizers:
-            softened = regularizer.soften(softened)
         with torch.no_grad():
             acc = targets.gather(1, logits.argmax(1, keepdim=True)).mean()
-        return {"loss": self.loss(logits, softened), "acc": acc}
+        softened, weight = prepared(targets, self.class_weights, self.regularizers)
+        loss = self.loss(logits, softened) if weight is None else self.loss(logits, softened, weight)
+        return {"loss": loss, "acc": acc}
 
     def metrics(self, device: torch.device) -> ClassificationMetrics:
         """Return an empty accumulator for evaluation."""

@@ -33,6 +33,9 @@ def test_pictures_are_cropped_scaled_and_normalised_as_the_formula_says(resize, 
     cropped = pixels[:, :, first : first + img_size, first : first + img_size]
     expected = (cropped / 255.0 - np.reshape(RGB.mean, (3, 1, 1))) / np.reshape(RGB.std, (3, 1, 1))
     given = torch.from_numpy(pixels)
+    by_rows = preprocess(given.contiguous(memory_format=torch.channels_last))
+    assert by_rows.is_contiguous(memory_format=torch.channels_last) or resize != img_size
+    np.testing.assert_allclose(by_rows.numpy(), expected, atol=1e-6)
     result = preprocess(given)
     assert result.dtype == torch.float32
     np.testing.assert_allclose(result.numpy(), expected, atol=1e-6)
@@ -42,10 +45,10 @@ def test_pictures_are_cropped_scaled_and_normalised_as_the_formula_says(resize, 
 @pytest.mark.parametrize("channels", [1, 5])
 def test_any_number_of_channels_is_normalised_by_its_own_mean_and_std(channels):
     mean, std = tuple(i / 10 for i in range(channels)), tuple(1.0 + i for i in range(channels))
-    images = torch.full((2, channels, 4, 4), 0.5)
+    images = torch.full((2, channels, 4, 4), 51, dtype=torch.uint8)
     result = Preprocess(4, 4, channels, mean, std).normalize(images)
     for c in range(channels):
-        assert torch.allclose(result[:, c], torch.tensor((0.5 - mean[c]) / std[c]))
+        assert torch.allclose(result[:, c], torch.tensor((0.2 - mean[c]) / std[c]))
 
 
 def test_moving_a_batch_moves_its_tensors_and_leaves_the_indices_on_the_host():

@@ -25,15 +25,31 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 OPTIONS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
-def test_there_are_six_options():
-    assert OPTIONS == ["cifar10", "cifar100", "digits", "fashion_mnist", "folder", "mnist"]
+def merged(option):
+    """The option over the bases it names, as Hydra composes it."""
+    config = OmegaConf.load(CONFIGS / f"{option}.yaml")
+    named = [name.removeprefix("base/").removesuffix("@_here_") for name in config.pop("defaults") if "@_here_" in name]
+    bases = [
+        OmegaConf.load(CONFIGS / "base" / f"{name}.yaml") for name in (["common"] + [n for n in named if n != "common"])
+    ]
+    for base in bases:
+        base.pop("defaults", None)
+    return OmegaConf.merge(*bases, config)
+
+
+def images(source):
+    return source.read(np.arange(len(source)))
+
+
+def test_there_are_fifteen_options():
+    published = "cifar10 cifar100 fashion_mnist flowers102 food101 imagenet mnist oxford_pet stl10 svhn"
+    assert sorted([*published.split(), "csv", "digits", "folder", "hf", "shards"]) == OPTIONS
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_states_every_argument_of_its_class_and_nothing_else(option, tmp_path):
-    config = OmegaConf.load(CONFIGS / f"{option}.yaml")
+    config = merged(option)
     overrides = config.pop("aug_overrides")
-    config.pop("defaults", None)
     target = get_class(config["_target_"])
     parameters = inspect.signature(target).parameters
     assert set(config) - {"_target_"} == set(parameters)
@@ -80,18 +96,18 @@ def test_digits_keep_their_sixteen_levels_scaled_to_bytes_and_their_labels():
 
     raw = load_digits()
     sets = Digits().load(None, 1.0, 0)
-    assert sets.train.images.dtype == torch.uint8
-    assert int(sets.train.images.max()) == 255
+    assert images(sets.train).dtype == torch.uint8
+    assert int(images(sets.train).max()) == 255
     for source in (sets.train, sets.val, sets.test):
         where = np.array([int(name) for name in source.names])
-        levels = np.round(source.images[:, 0].numpy() * (16 / 255))
+        levels = np.round(images(source)[:, 0].numpy() * (16 / 255))
         np.testing.assert_array_equal(levels, raw.images[where])
         np.testing.assert_array_equal(source.labels, raw.target[where])
 
 
 def test_statistics_that_are_not_given_are_those_of_the_training_part():
     sets = Digits().load(None, 1.0, 0)
-    values = sets.train.images.double() / 255
+    values = images(sets.train).double() / 255
     assert sets.preprocess.mean[0] == pytest.approx(float(values.mean()), abs=1e-4)
     assert sets.preprocess.std[0] == pytest.approx(float(values.std(correction=0)), abs=1e-4)
 
@@ -142,10 +158,10 @@ def test_idx_files_are_found_plain_or_gzipped_in_the_usual_folders(tmp_path, fol
     data = MNIST(root=str(tmp_path))
     sets = data.load(None, 1.0, 0)
     assert sets.counts() == {"train": 50, "val": 10, "test": 20, "skipped": 0}
-    np.testing.assert_array_equal(sets.test.images[:, 0].numpy(), arrays["t10k-images-idx3-ubyte"])
+    np.testing.assert_array_equal(images(sets.test)[:, 0].numpy(), arrays["t10k-images-idx3-ubyte"])
     for source in (sets.train, sets.val):
         where = [int(name.removeprefix("train/")) for name in source.names]
-        np.testing.assert_array_equal(source.images[:, 0].numpy(), arrays["train-images-idx3-ubyte"][where])
+        np.testing.assert_array_equal(images(source)[:, 0].numpy(), arrays["train-images-idx3-ubyte"][where])
         np.testing.assert_array_equal(source.labels, arrays["train-labels-idx1-ubyte"][where])
 
 
@@ -238,10 +254,10 @@ def test_cifar10_reads_planes_as_colours_and_maps_names(tmp_path, folder):
     sets = CIFAR10(root=str(tmp_path)).load(None, 1.0, 0)
     assert sets.counts() == {"train": 90, "val": 10, "test": 20, "skipped": 0}
     assert sets.class_names[3] == "class3"
-    np.testing.assert_array_equal(sets.test.images.numpy(), written["test_batch"].reshape(-1, 3, 32, 32))
+    np.testing.assert_array_equal(images(sets.test).numpy(), written["test_batch"].reshape(-1, 3, 32, 32))
     everything = np.concatenate([written[f"data_batch_{i}"] for i in range(1, 6)]).reshape(-1, 3, 32, 32)
     where = [int(name.removeprefix("train/")) for name in sets.train.names]
-    np.testing.assert_array_equal(sets.train.images.numpy(), everything[where])
+    np.testing.assert_array_equal(images(sets.train).numpy(), everything[where])
 
 
 def test_cifar100_reads_the_fine_labels(tmp_path):

@@ -17,6 +17,7 @@ from cvtrain.loss import CrossEntropy
 from cvtrain.optimizer import param_groups
 from cvtrain.precision import Fp32
 from cvtrain.regularizer import LabelSmoothing
+from cvtrain.resizing import Constant
 from cvtrain.scheduler import Plateau
 from cvtrain.task import Classification
 
@@ -28,7 +29,8 @@ class Noise:
     """Adds noise of each sample's own."""
 
     def __call__(self, images, draw):
-        return (images + 0.2 * (draw(images[0].numel()).view_as(images) - 0.5)).clamp(0, 1)
+        noise = torch.from_numpy(draw(images[0].numel())).view_as(images)
+        return (images + 51 * (noise - 0.5)).clamp(0, 255).to(torch.uint8)
 
 
 def source(count, seed):
@@ -72,6 +74,7 @@ def make_run(folder, data=None, model=None, weights_seed=0, optimizer=sgd, batch
         "preprocess": data.preprocess,
         "loader": Loader(data, LoaderConfig(batch_size, options["seed"], CPU)),
         "augmentation": Augmentation({"noise": Noise()}, {"mixup": MixUp(0.4)} if mix else {}),
+        "resizing": Constant(options["epochs"], data.preprocess.img_size),
         "task": Classification(CrossEntropy(), [LabelSmoothing(0.1)], CLASSES),
         "optimizer": optimizer(param_groups(model, 1e-2)),
         "schedule": Plateau(0.5, plateau_epochs=0, warmup_epochs=0.5),

@@ -190,6 +190,7 @@ def test_what_the_data_contradicts_is_told_before_training_with_the_fix(override
         (["loss=bce"], ["task=classification and loss=bce", "use loss=cross_entropy"]),
         (["class_weights={red: 0}"], ["class_weights.red=0", "above 0"]),
         (["class_weights={red: .inf}"], ["class_weights.red", "above 0"]),
+        (["class_weights=balanced", "sampler=balanced"], ["twice", "class_weights=none or sampler=shuffle"]),
         (["class_weights=balancd"], ["class_weights=balancd", "did you mean 'balanced'"]),
     ],
 )
@@ -203,7 +204,7 @@ def recall_of_blue(weights, data, folder):
     _, run = build(
         [*TASK, "epochs=3", "aug=none", f"class_weights={weights}", "compression=none"], folder / weights, data
     )
-    assert (run.task.loss.weight is None) == (weights == "none")
+    assert (run.task.class_weights is None) == (weights == "none")
     fit(run)
     return evaluate_model(run, run.model, "test")[0].by_class()["recall"][2]
 
