@@ -83,17 +83,22 @@ def write_stl10(root, train=60, test=20):
     return written
 
 
-def photograph(path, number, size=(40, 32), format="JPEG"):
+def picture(number, seed, size=(40, 32)):
     """A noisy picture that says by its colours which class it is of: 0 to 124 as digits of base 5."""
     levels = [20 + 50 * (number // base % 5) for base in (1, 5, 25)]
-    noise = np.random.default_rng([number, len(str(path))]).integers(-8, 9, (size[1], size[0], 1))
+    noise = np.random.default_rng([number, *str(seed).encode()]).integers(-8, 9, (size[1], size[0], 1))
+    return Image.fromarray((np.array(levels) + noise).astype(np.uint8))
+
+
+def photograph(path, number, size=(40, 32), format="JPEG"):
+    """A `picture` in a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((np.array(levels) + noise).astype(np.uint8)).save(path, format, quality=95)
+    picture(number, path.name, size).save(path, format, quality=95)
     return path
 
 
 def class_of(pixels):
-    """The number that `photograph` hid in uint8 `(C, H, W)`."""
+    """The number that `picture` hid in uint8 `(C, H, W)`."""
     digits = np.round((pixels.reshape(3, -1).mean(axis=1) - 20) / 50).astype(int)
     return int(digits @ [1, 5, 25])
 
@@ -154,11 +159,10 @@ def write_csv(root, classes=("blue", "green", "red"), count=14):
     return root / "labels.csv"
 
 
-def encoded(number, size=(40, 32), format="JPEG"):
-    """The bytes of a `photograph`."""
-    levels = [20 + 50 * (number // base % 5) for base in (1, 5, 25)]
+def encoded(number, seed=0, size=(40, 32), format="JPEG"):
+    """The bytes of a `picture`."""
     stream = io.BytesIO()
-    Image.new("RGB", size, tuple(levels)).save(stream, format, quality=95)
+    picture(number, seed, size).save(stream, format, quality=95)
     return stream.getvalue()
 
 
@@ -169,13 +173,13 @@ def add(archive, name, content):
 
 
 def write_shards(root, shards=3, count=20, classes=3, prefix="shard"):
-    """Shards of `count` samples each, the class of sample i being i % classes."""
+    """Shards of `count` samples each, the class of the i-th sample of all being i % classes."""
     root.mkdir(parents=True, exist_ok=True)
     for number in range(shards):
         with tarfile.open(root / f"{prefix}-{number:06d}.tar", "w") as archive:
-            for i in range(count):
-                add(archive, f"{number * count + i:06d}.jpg", encoded(i % classes))
-                add(archive, f"{number * count + i:06d}.cls", str(i % classes).encode())
+            for i in range(number * count, (number + 1) * count):
+                add(archive, f"{i:06d}.jpg", encoded(i % classes, i))
+                add(archive, f"{i:06d}.cls", str(i % classes).encode())
     return root
 
 
@@ -183,7 +187,7 @@ def write_hf(root, count=42, classes=("blue", "green", "red")):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(classes))})
     rows = {
-        "image": [{"bytes": encoded(i % len(classes)), "path": None} for i in range(count)],
+        "image": [{"bytes": encoded(i % len(classes), i), "path": None} for i in range(count)],
         "label": [i % len(classes) for i in range(count)],
     }
     datasets.Dataset.from_dict(rows, features).save_to_disk(root)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from cvtrain.aug.planes import on_rows
 from cvtrain.aug.ranges import chunks, interval, number, stretch, to_device
 from cvtrain.core.types import Draw
 from cvtrain.errors import ConfigError
@@ -88,9 +89,6 @@ class GaussianBlur:
             )
         uniforms = draw(2)
         rows = np.flatnonzero(uniforms[:, 0] < self.prob)
-        if not len(rows):
-            return images
         weights = gaussian_weights(self.kernel_size, stretch(uniforms[rows, 1], *self.sigma))
-        chosen = to_device(rows, images.device)
-        blurred = gaussian_blur(images.index_select(0, chosen), to_device(weights, images.device))
-        return images.index_copy(0, chosen, blurred)
+        sent = to_device(weights, images.device)
+        return on_rows(images, rows, lambda chosen: gaussian_blur(chosen, sent))

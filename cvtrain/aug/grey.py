@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvtrain.aug.ranges import number, to_device
+from cvtrain.aug.planes import on_rows
+from cvtrain.aug.ranges import number
 from cvtrain.core.types import Draw
 
 
@@ -30,8 +31,6 @@ class Greyscale:
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
         """Map uint8 `(B, C, H, W)` to the same."""
         rows = np.flatnonzero(draw(1)[:, 0] < self.prob)
-        if images.shape[1] != 3 or not len(rows):
+        if images.shape[1] != 3:
             return images
-        chosen = to_device(rows, images.device)
-        coloured = images.index_select(0, chosen)
-        return images.index_copy(0, chosen, luma(coloured).to(torch.uint8).expand_as(coloured))
+        return on_rows(images, rows, lambda chosen: luma(chosen).to(torch.uint8).expand_as(chosen))

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cvtrain.aug.planes import on_rows
 from cvtrain.aug.ranges import chunks, number, to_device
 from cvtrain.core.types import Draw
 
@@ -66,19 +67,22 @@ class GaussianNoise:
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
         """Map uint8 `(B, C, H, W)` to the same."""
-        uniforms, device = draw(3), images.device
+        uniforms = draw(3)
         rows = np.flatnonzero(uniforms[:, 0] < self.prob)
-        chosen, keys = to_device(rows, device), to_device(keys_from(uniforms[rows, 1:]), device)
-        self._levels = self._levels.to(device)
-        noisy = images.index_select(0, chosen)
-        for part in chunks(noisy):
-            size = noisy[part].shape
-            bits = hashed(keys[part], (size[1:].numel() + 1) // 2)
+        keys = to_device(keys_from(uniforms[rows, 1:]), images.device)
+        self._levels = self._levels.to(images.device)
+        return on_rows(images, rows, lambda chosen: self._noisy(chosen, keys))
+
+    def _noisy(self, images: Tensor, keys: Tensor) -> Tensor:
+        for part in chunks(images):
+            size = images[part].shape
+            values = size[1:].numel()
             # Each hash holds two numbers of 16 bits.
-            index = torch.cat([bits & 0xFFFF, (bits >> 16) & 0xFFFF], dim=1)[:, : size[1:].numel()]
-            noise = self._levels[index.long()].view(size)
-            noisy[part] = noise.add_(noisy[part]).clamp_(0, 255).to(torch.uint8)
-        return images.index_copy(0, chosen, noisy)
+            bits = hashed(keys[part], (values + 1) // 2)
+            index = torch.cat([bits & 0xFFFF, (bits >> 16) & 0xFFFF], dim=1)[:, :values]
+            noise = self._levels.index_select(0, index.flatten()).view(size)
+            images[part] = noise.add_(images[part]).clamp_(0, 255).to(torch.uint8)
+        return images
 
 
 class SaltAndPepper:
@@ -95,14 +99,17 @@ class SaltAndPepper:
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
         """Map uint8 `(B, C, H, W)` to the same."""
-        uniforms, device = draw(3), images.device
+        uniforms = draw(3)
         rows = np.flatnonzero(uniforms[:, 0] < self.prob)
-        chosen, keys = to_device(rows, device), to_device(keys_from(uniforms[rows, 1:]), device)
-        spotted, (height, width) = images.index_select(0, chosen), images.shape[-2:]
-        for part in chunks(spotted):
+        keys = to_device(keys_from(uniforms[rows, 1:]), images.device)
+        return on_rows(images, rows, lambda chosen: self._spotted(chosen, keys))
+
+    def _spotted(self, images: Tensor, keys: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        for part in chunks(images):
             # The lowest bit is the colour, the others the chance.
             bits = hashed(keys[part], height * width).view(-1, 1, height, width)
             chance = (bits >> 1) & 0x7FFFFFFF
             hit = chance <= round(self.amount * 2**31) - 1
-            spotted[part] = torch.where(hit, ((bits & 1) * 255).to(torch.uint8), spotted[part])
-        return images.index_copy(0, chosen, spotted)
+            images[part] = torch.where(hit, ((bits & 1) * 255).to(torch.uint8), images[part])
+        return images

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from cvtrain.aug.planes import on_rows
 from cvtrain.aug.ranges import chunks, number, to_device
 from cvtrain.core.types import Draw
 
@@ -60,8 +61,9 @@ def coefficients_of(corners: NDArray[np.float64], height: int, width: int) -> ND
     lower = np.stack([zero, zero, zero, x, y, one, -source_y * x, -source_y * y], axis=-1)
     matrix = np.concatenate([upper, lower], axis=1)
     values = np.broadcast_to(np.concatenate([source_x, source_y]), (len(corners), 8))[..., None]
-    # Every three corners must span an area, or the equations have no one solution.
-    flat = np.zeros(len(corners), dtype=bool)
+    # Unless every three corners span an area, the equations have no one solution; det finds the rest of such cases,
+    # with the very steps that solve takes.
+    flat = np.linalg.det(matrix) == 0
     for k in range(4):
         first, middle, last = corners[:, k], corners[:, (k + 1) % 4], corners[:, (k + 2) % 4]
         one_way, other = middle - first, last - first
@@ -98,9 +100,6 @@ class Perspective:
         """Map uint8 `(B, C, H, W)` to the same."""
         uniforms, (height, width) = draw(9), images.shape[-2:]
         rows = np.flatnonzero(uniforms[:, 0] < self.prob)
-        if not len(rows):
-            return images
         coefficients = coefficients_of(self.corners(uniforms[rows, 1:], height, width), height, width)
-        chosen = to_device(rows, images.device)
-        changed = perspective(images.index_select(0, chosen), to_device(coefficients, images.device))
-        return images.index_copy(0, chosen, changed)
+        sent = to_device(coefficients, images.device)
+        return on_rows(images, rows, lambda chosen: perspective(chosen, sent))

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cvtrain.aug.grey import luma
+from cvtrain.aug.planes import copy_pixels
 from cvtrain.aug.ranges import chunks, to_device
 
 OPERATIONS = (
@@ -37,7 +38,6 @@ OPERATIONS = (
     "Invert",
 )
 """Names as in Cubuk et al. 2019; a plan holds positions in this tuple."""
-
 
 GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 _FACTORS = ("Brightness", "Color", "Contrast", "Sharpness")
@@ -82,18 +82,9 @@ def run(images: Tensor, plan: Plan, interpolation: str = "nearest") -> Tensor:
     for first in range(0, len(images), count):
         part = slice(first, first + count)
         planes = torch.empty_like(images[part], memory_format=torch.contiguous_format)
-        _copy(images[part], planes)
-        _copy(_run_block(planes, _KIND[plan.operations[part]], parameters[part], interpolation), result[part])
+        copy_pixels(images[part], planes)
+        copy_pixels(_run_block(planes, _KIND[plan.operations[part]], parameters[part], interpolation), result[part])
     return result
-
-
-def _copy(source: Tensor, target: Tensor) -> None:
-    """Copy between memory orders channel by channel: torch is slow at taking bytes apart, and NumPy less so."""
-    for channel in range(source.shape[1]):
-        if source.device.type == "cpu":
-            np.copyto(target[:, channel].numpy(), source[:, channel].numpy())
-        else:
-            target[:, channel] = source[:, channel]
 
 
 def _run_block(planes: Tensor, kinds: NDArray[np.int64], parameters: NDArray[np.float32], interpolation: str) -> Tensor:

@@ -140,7 +140,7 @@ def _class_table(found: Findings) -> Table:
 
 def _channel_table(found: Findings) -> Table:
     table = Table(title="Channels of train, 0..1", title_justify="left", title_style="bold", header_style="bold")
-    for name in ("mean", "configured", "std", "configured", "black", "white"):
+    for name in ("mean", "set to", "std", "set to", "black", "white"):
         table.add_column(name, justify="right")
     for channel in found.channels:
         numbers = [f"{channel[key]:.4f}" for key in ("mean", "configured_mean", "std", "configured_std")]

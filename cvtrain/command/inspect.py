@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cvtrain import runs
+from cvtrain.aug import Augmentation
 from cvtrain.build import Builder
 from cvtrain.core.files import to_json_line
 from cvtrain.core.types import DataSets
@@ -34,6 +35,9 @@ DRAWS = 8
 PICTURES = 4
 BATCH = 24
 COLUMNS = 8
+STEPS = 100
+SEEN = 0.8
+"""Largest share of a picture's own label at which a mixture shows."""
 
 
 def run(config: dict[str, Any], trusted: list[str]) -> int:
@@ -74,14 +78,13 @@ def _operations(builder: Builder, sets: DataSets, images: Tensor, indices: NDArr
     """Draw a grid for each operation of the chosen preset and of the shipped ones, and one overview."""
     chosen = {name: ("chosen", node) for name, node in (builder.config["aug"].get("sample") or {}).items() if node}
     targets = {node.get("_target_") for _, node in chosen.values()}
-    shipped = {
-        name: (preset, node) for name, preset, node in shipped_operations() if node["_target_"] not in targets
-    }
+    shipped = {name: (preset, node) for name, preset, node in shipped_operations() if node["_target_"] not in targets}
     original = channels_last(sets.preprocess.centre_crop(images))
     overview, names = [], []
     for name, (preset, node) in {**chosen, **shipped}.items():
         try:
-            op = builder.build(f"aug.sample.{name}", node)
+            always = {**node, "prob": 1.0} if "prob" in node else node
+            op = builder.build(f"aug.sample.{name}", always)
         except ConfigError as error:
             log.info("inspect: %s is left out: %s", name, str(error).splitlines()[0])
             continue
@@ -90,7 +93,11 @@ def _operations(builder: Builder, sets: DataSets, images: Tensor, indices: NDArr
         made = draws(
             op, name, images, indices, seed=builder.config["seed"], epochs=DRAWS, img_size=sets.preprocess.img_size
         )
-        settings = ", ".join(f"{key} {value}" for key, value in node.items() if key != "_target_")
+        settings = ", ".join(
+            f"{key} {value}" + (" (always, here)" if key == "prob" and value != 1 else "")
+            for key, value in node.items()
+            if key != "_target_"
+        )
         columns = ["original", *(f"draw {i + 1}" for i in range(DRAWS))]
         title = f"{name}" + (f": {settings}" if len(settings) <= 90 else "")
         rows = [[original[i], *(one[i] for one in made)] for i in range(len(original))]
@@ -144,12 +151,21 @@ def _batch(builder: Builder, sets: DataSets, folder: Path) -> None:
     images = augmentation.samples(sets.train.read(indices), indices, seed, 0, size).float()
     raw = torch.from_numpy(sets.train.labels[indices])
     targets = (raw if sets.multilabel else torch.nn.functional.one_hot(raw, sets.num_classes)).float()
-    images, targets = augmentation.mix(images, targets, seed, 0, 0)
+    images, targets = _mixed(augmentation, images, targets, seed)
     pictures = channels_last(images.round().clamp(0, 255).to(torch.uint8))
     captions = [_label(row, sets.class_names) for row in targets]
     rows = [list(pictures[i : i + COLUMNS]) for i in range(0, count, COLUMNS)]
     said = [captions[i : i + COLUMNS] for i in range(0, count, COLUMNS)]
     grid(folder / "batch.png", f"A training batch of {sets.name}, augmented", rows, captions=said)
+
+
+def _mixed(augmentation: Augmentation, images: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Mix as the first training step would that mixes enough to be seen."""
+    for step in range(STEPS if augmentation.batch else 0):
+        mixed, weights = augmentation.mix(images, targets, seed, step, 0)
+        if float(weights[0].max()) < SEEN:
+            return mixed, weights
+    return images, targets
 
 
 def _label(target: Tensor, names: list[str]) -> str:

@@ -43,8 +43,8 @@ def beside(url: str, name: str) -> str:
     return urllib.parse.urlunsplit(parts._replace(path=f"{parts.path.rpartition('/')[0]}/{name}"))
 
 
-def ask(url: str, use: Callable[[http.client.HTTPResponse], Result]) -> Result:
-    """Return what `use` makes of the answer to a GET, tried three times where trying again may help.
+def ask(url: str, use: Callable[[http.client.HTTPResponse], Result], method: str = "GET") -> Result:
+    """Return what `use` makes of the answer, tried three times where trying again may help.
 
     Raises:
         DataError: No such server, no answer in time, or an HTTP status of failure, in the error's `__cause__`.
@@ -54,7 +54,7 @@ def ask(url: str, use: Callable[[http.client.HTTPResponse], Result]) -> Result:
         if attempt:
             time.sleep(PAUSE * 2 ** (attempt - 1))
         try:
-            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=TIMEOUT) as answer:
                 return use(answer)
         except urllib.error.HTTPError as error:
             reason, cause = f"HTTP status {error.code} {error.reason}", error
@@ -73,9 +73,14 @@ def text(url: str) -> str | None:
     try:
         return ask(url, lambda answer: answer.read().decode("utf-8", "replace"))
     except DataError as error:
-        if isinstance(error.__cause__, urllib.error.HTTPError) and error.__cause__.code in (403, 404, 410):
+        if _status(error) in (403, 404, 410):
             return None
         raise
+
+
+def _status(error: DataError) -> int | None:
+    cause = error.__cause__
+    return cause.code if isinstance(cause, urllib.error.HTTPError) else None
 
 
 class Store:
@@ -210,7 +215,13 @@ class RemoteShard:
         self.url = url
         self.shown = shown(url)
         self._store = store
-        self.size, self._version = ask(url, self._state)
+        try:
+            self.size, self._version = ask(url, self._state, "HEAD")
+        except DataError as error:
+            # A URL may be signed for GET only; the connection is closed before the content comes.
+            if _status(error) not in (400, 403, 405, 501):
+                raise
+            self.size, self._version = ask(url, self._state)
         # Without the query: a signed URL is another one every time.
         self.identity = f"{self.shown}\0{self.size}\0{self._version}"
         self._name = f"{hashlib.sha256(self.identity.encode()).hexdigest()[:32]}.tar"

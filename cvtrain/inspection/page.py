@@ -149,7 +149,7 @@ def _sizes(found: Findings) -> str:
 def _channels(found: Findings) -> str:
     names = ("red", "green", "blue") if len(found.channels) == 3 else tuple(map(str, range(len(found.channels))))
     names = ("grey",) if len(found.channels) == 1 else names
-    heads = ("channel", "mean", "configured", "std", "configured", "black", "white")
+    heads = ("channel", "mean", "set to", "std", "set to", "black", "white")
     keys = ("mean", "configured_mean", "std", "configured_std")
     rows = [
         (name, *(f"{channel[key]:.4f}" for key in keys), *(f"{channel[key]:.1%}" for key in ("black", "white")))

@@ -193,9 +193,9 @@ def thumbnail(sets: DataSets, views: Views, row: int, side: int) -> Image.Image:
 
 
 def shown(pixels: NDArray[np.uint8], side: int) -> Image.Image:
-    """Return uint8 `(H, W, C)` as a picture for the page, at most `side` pixels wide."""
+    """Return uint8 `(H, W, C)` as a square picture for the page, small ones in whole multiples up to `side`."""
     image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels[..., :3]))
-    if image.width >= side:
-        return image.resize((side, side), Image.Resampling.BOX)
-    times = max(1, side // image.width)
+    if 2 * image.width > side:
+        return image.resize((side, side), Image.Resampling.BICUBIC)
+    times = side // image.width
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)

@@ -225,3 +225,34 @@ def test_a_loss_that_takes_no_weight_is_refused_with_class_weights(tmp_path, mon
     builder = Builder({**settings, "loss": {"_target_": "weightless.Loss"}}, ["weightless"])
     with pytest.raises(ConfigError, match=r"weightless\.Loss takes no weight"):
         builder.task(single(), [], torch.device("cpu"))
+
+
+def test_a_table_of_labels_is_trained_measured_again_and_predicted_from_the_command_line(cvtrain, tmp_path):
+    (tmp_path / "photos").mkdir()
+    source = pictures(120, 7)
+    lines = ["path,label\n"]
+    for i, labels in enumerate(source.labels):
+        Image.fromarray(source.read(np.array([i]))[0].permute(1, 2, 0).numpy()).save(tmp_path / "photos" / f"{i}.png")
+        lines.append(f"photos/{i}.png,{'|'.join(NAMES[k] for k in np.flatnonzero(labels))}\n")
+    (tmp_path / "labels.csv").write_text("".join(lines))
+    data = ["data=csv", "data.root=labels.csv", "data.label_separator=|", "img_size=16", "aug=weak"]
+    rest = [
+        "epochs=2",
+        "threads=1",
+        "compression=none",
+        "export=none",
+        "class_weights=balanced",
+        "monitor=val/f1_micro",
+    ]
+    answer = cvtrain(*TASK, *data, *rest, "json=true")
+    assert answer.code == 0, answer.err
+    assert "Training pictures by class" in answer.err
+    assert {"test/map", "test/hamming", "val/f1_micro"} <= set(answer.json["metrics"])
+    again = cvtrain("val", f"run={answer.folder}", "json=true")
+    assert again.json["metrics"]["test/map"] == pytest.approx(answer.json["metrics"]["test/map"])
+    assert again.json["acc_95"][0] <= answer.json["metrics"]["test/acc"] <= again.json["acc_95"][1]
+    told = cvtrain("predict", f"run={answer.folder}", "source=photos", "json=true")
+    assert {name for row in json.loads(told.last) for name in row["labels"]} <= set(NAMES)
+    wrong = cvtrain(*data, *rest[:-1])
+    assert wrong.code == 2
+    assert "use task=multilabel loss=bce" in wrong.err
