@@ -337,12 +337,7 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
                 raise ValueError
         except ValueError:
             yield f"max_time={config['max_time']} is not a duration; write 90s, 30m, 2h or 1h30m"
-    fractions = [config["data"].get(key) or 0 for key in ("val_fraction", "test_fraction")]
-    if sum(fractions) >= 1:
-        yield (
-            f"data.val_fraction={fractions[0]} and data.test_fraction={fractions[1]} leave nothing to "
-            f"train on; keep their sum below 1"
-        )
+    yield from _split_contradictions(config["data"])
 
 
 def _task_contradictions(config: dict[str, Any]) -> Iterator[str]:
@@ -358,4 +353,16 @@ def _task_contradictions(config: dict[str, Any]) -> Iterator[str]:
         yield (
             f"sampler=balanced and class_weights={config['class_weights']} would correct for rare classes twice; "
             "use class_weights=none or sampler=shuffle"
+        )
+
+
+def _split_contradictions(data: dict[str, Any]) -> Iterator[str]:
+    folds, fold = data.get("folds"), data.get("fold")
+    if fold is not None and (folds is None or fold >= folds):
+        yield f"data.fold={fold} needs data.folds above {fold}, it is {_shown(folds)}: set it, or leave data.fold out"
+    fractions = [data.get(key) or 0 for key in ("val_fraction", "test_fraction")]
+    if sum(fractions) >= 1:
+        yield (
+            f"data.val_fraction={fractions[0]} and data.test_fraction={fractions[1]} leave nothing to "
+            f"train on; keep their sum below 1"
         )

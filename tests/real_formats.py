@@ -146,7 +146,8 @@ def write_imagenet(root, wnids=("n01440764", "n02012849", "n03126707"), train=14
     for split, count in (("train", train), ("val", val)):
         for number, wnid in enumerate(wnids):
             for i in range(count):
-                photograph(root / split / wnid / f"{wnid}_{i}.JPEG", number)
+                name = f"{wnid}_{i}" if split == "train" else f"ILSVRC2012_val_{number * count + i:08d}"
+                photograph(root / split / wnid / f"{name}.JPEG", number)
 
 
 def write_csv(root, classes=("blue", "green", "red"), count=14):

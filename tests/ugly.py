@@ -152,6 +152,16 @@ def _moving(folder):
         yield Ugly(f"moving.{name}", "I5", "read", frames=True)
 
 
+def _lone(folder):
+    """What only looks like several pictures, or like a picture."""
+    views = {"save_all": True, "append_images": [quadrants((BLUE,) * 4)], "quality": 95, "subsampling": 0}
+    quadrants().save(folder / "stereo.jpg", "MPO", **views)
+    yield Ugly("stereo.jpg", "I5", "read", tolerance=8)
+    (folder / "folder.png").mkdir()
+    quadrants().save(folder / "folder.png" / "inner.png")
+    yield Ugly("folder.png/inner.png", "I7", "read")
+
+
 def _bombs(folder):
     (folder / "bomb.png").write_bytes(png(40_000, 40_000, 8, 2, b"\0" * 1000))
     yield Ugly("bomb.png", "I6", "bad", reason="1600000000 pixels, more than data.max_pixels")
@@ -242,7 +252,7 @@ def _odd(folder):
 def write(folder: Path) -> list[Ugly]:
     """Fill `folder`, a class of an image folder; return what became of each file, by its name in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = (_damaged, _modes, _deep, _moving, _bombs, _links, _names, _turned, _odd)
+    parts = (_damaged, _modes, _deep, _moving, _lone, _bombs, _links, _names, _turned, _odd)
     return [ugly for part in parts for ugly in part(folder)]
 
 

@@ -99,9 +99,9 @@ def report(found: Findings, console: Console) -> None:
         _more(len(groups), f"groups of this kind ({title})", console)
     console.print(_class_table(found))
     console.print(_channel_table(found))
-    sizes = found.sizes
+    sizes, whose = found.sizes, "sizes" if found.views.content else "sizes as read"
     console.print(
-        f"sizes: {sizes['width']['min']:g} to {sizes['width']['max']:g} × {sizes['height']['min']:g} to "
+        f"{whose}: {sizes['width']['min']:g} to {sizes['width']['max']:g} × {sizes['height']['min']:g} to "
         f"{sizes['height']['max']:g} px, median {sizes['width']['median']:g} × {sizes['height']['median']:g}, "
         f"width / height {sizes['aspect']['min']:.2f} to {sizes['aspect']['max']:.2f}"
     )

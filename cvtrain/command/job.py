@@ -29,6 +29,7 @@ class Outcome:
     artifacts: list[dict[str, Any]] = field(default_factory=list)
     data: dict[str, int] = field(default_factory=dict)
     seconds: float | None = None
+    overrides: list[str] = field(default_factory=list)
     error: CvtrainError | None = None
 
     def json_line(self) -> str:
@@ -36,6 +37,7 @@ class Outcome:
         plain = dataclasses.asdict(dataclasses.replace(self, error=None))
         plain.pop("error")
         plain.pop("seconds")
+        plain.pop("overrides")
         return to_json_line(plain)
 
 

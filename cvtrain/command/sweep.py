@@ -78,6 +78,7 @@ def _run_job(composed: DictConfig, trusted: list[str], outcomes: dict[str, Outco
     if any(isinstance(outcome.error, Interrupted) for outcome in outcomes.values()):
         raise Interrupted("not started: the sweep was stopped.")
     outcome = _outcome(composed, folder, trusted, f"job {len(outcomes) + 1}/{total}: {folder.name}")
+    outcome.overrides = [str(text) for text in hydra.overrides.task]
     outcomes[folder.name] = outcome
     if outcome.error is not None:  # told now, not after the last job; Hydra must see an exception, never SystemExit
         sys.stderr.write(f"cvtrain: job {folder.name} failed: {outcome.error}\n")
@@ -117,7 +118,10 @@ def _report(outcomes: dict[str, Outcome], folder: Path, as_json: bool, total: in
     from cvtrain.report.console import make_console, sweep_table
 
     rows = [
-        {"name": name, "run": o.run, "exit_code": o.exit_code, "metrics": o.metrics, "seconds": o.seconds}
+        {
+            **{"name": name, "overrides": o.overrides, "run": o.run, "exit_code": o.exit_code},
+            **{"metrics": o.metrics, "seconds": o.seconds},
+        }
         for name, o in outcomes.items()
     ]
     make_console(as_json).print(sweep_table(rows))

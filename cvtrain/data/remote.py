@@ -222,8 +222,9 @@ class RemoteShard:
             if _status(error) not in (400, 403, 405, 501):
                 raise
             self.size, self._version = ask(url, self._state)
-        # Without the query: a signed URL is another one every time.
-        self.identity = f"{self.shown}\0{self.size}\0{self._version}"
+        # A signed URL has another query every time; one without a version may choose the file by it.
+        place = self.shown if self._version else url
+        self.identity = f"{place}\0{self.size}\0{self._version}"
         self._name = f"{hashlib.sha256(self.identity.encode()).hexdigest()[:32]}.tar"
 
     def local(self) -> int:

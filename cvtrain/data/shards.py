@@ -128,10 +128,13 @@ class Shards(EncodedDataSet):
                 f"  begin their names with {empty[0]}-, or give other ones"
             )
         flat = [location for locations in places.values() for location in locations]
-        again = [location for location, count in Counter(flat).items() if count > 1]
+        opened = _threads(lambda location: _shard(location, store), flat, _ASKING)
+        # By two paths or links it would be in two splits as easily as by one.
+        again = [identity for identity, count in Counter(shard.identity for shard in opened).items() if count > 1]
         if again:
-            raise DataError(f"data=shards: {_shown(again[0])} is given twice\n  a shard belongs to one split, once")
-        shards = iter(_threads(lambda location: _shard(location, store), flat, _ASKING))
+            shown = next(shard.shown for shard in opened if shard.identity == again[0])
+            raise DataError(f"data=shards: {shown} is given twice\n  a shard belongs to one split, once")
+        shards = iter(opened)
         return {split: [next(shards) for _ in locations] for split, locations in places.items()}
 
     def _check_room(self, away: Sequence[Shard], parts: Parts, notes: list[str]) -> None:

@@ -67,7 +67,7 @@ class LocalShard:
             raise DataError(f"data=shards: {self.shown} is not a regular file\n  give tar files with data.root")
         self.size = status.st_size
         self.mtime_ns = status.st_mtime_ns
-        self.identity = f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}"
+        self.identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
 
     def local(self) -> int:
         """Return an open file descriptor; errors as in `Shard`."""

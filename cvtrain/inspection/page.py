@@ -138,11 +138,12 @@ def _sizes(found: Findings) -> str:
     keys = ("min", "q05", "median", "q95", "max")
     rows = [(f"{what} (px)", *(f"{sizes[what][key]:g}" for key in keys)) for what in ("width", "height")]
     rows.append(("width / height", *(f"{sizes['aspect'][key]:.2f}" for key in keys)))
+    whose = "" if found.views.content else "As the model reads them. "
     common = ", ".join(f"{size['width']} × {size['height']} ({size['count']})" for size in sizes["common"])
     return _section(
         "Sizes",
         "sizes",
-        _table(heads, rows, "numbers") + f"<p>{sizes['different']} different; most frequent: {common}.</p>",
+        _table(heads, rows, "numbers") + f"<p>{whose}{sizes['different']} different; most frequent: {common}.</p>",
     )
 
 

@@ -32,9 +32,10 @@ class Views:
     Attributes:
         grey: uint8 `(N, 32, 32)`: the whole picture, grey, stretched to a square.
         colour: uint8 `(N, 4, 4, 3)`: the whole picture, RGB.
-        sizes: `(N, 2)` int32 width and height in pixels, upright.
+        sizes: `(N, 2)` int32 width and height in pixels, upright; of the square that the model gets where there is no
+            file.
         pixels: N digests of size and decoded pixels.
-        content: N digests of the files' bytes; None where the pictures are no files.
+        content: N digests of the files' bytes; None where some pictures are no files.
         splits: `(N,)` int64 positions in `SPLITS`.
         positions: `(N,)` int64 positions in the split.
         names: N names.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from rich.columns import Columns
@@ -194,15 +194,18 @@ def sweep_table(jobs: Sequence[dict[str, Any]]) -> Table:
     table.add_column("job")
     for name in ("status", "val/acc", "test/acc", "seconds"):
         table.add_column(name, justify="right")
+    common = set.intersection(*(set(job["overrides"]) for job in jobs)) if len(jobs) > 1 else set()
     for i, job in enumerate(jobs):
         metrics = job.get("metrics", {})
         good = job["exit_code"] == 0
         table.add_row(
-            str(i), escape(job["name"]), "[green]done[/green]" if good else f"[red]failed ({job['exit_code']})[/red]",
+            str(i),
+            escape(",".join(part for part in job["overrides"] if part not in common) or job["name"]),
+            "[green]done[/green]" if good else f"[red]failed ({job['exit_code']})[/red]",
             *(f"{metrics[key]:.4f}" if key in metrics else "–" for key in ("val/acc", "test/acc")),
             f"{job['seconds']:.1f}" if job.get("seconds") is not None else "skipped",
-        )  # fmt: skip
-    table.caption = escape("\n".join(_over_seeds(jobs)))
+        )
+    table.caption = escape("\n".join(_over_seeds(jobs, common)))
     table.caption_justify = "left"
     return table
 
@@ -210,11 +213,11 @@ def sweep_table(jobs: Sequence[dict[str, Any]]) -> Table:
 _REPEATS = ("seed=", "data.split_seed=", "data.fold=")
 
 
-def _over_seeds(jobs: Sequence[dict[str, Any]]) -> list[str]:
+def _over_seeds(jobs: Sequence[dict[str, Any]], common: Collection[str]) -> list[str]:
     groups: dict[str, list[float]] = {}
     for job in jobs:
         if "test/acc" in job.get("metrics", {}):
-            parts = [part for part in job["name"].split(",") if not part.startswith(_REPEATS)]
+            parts = [part for part in job["overrides"] if part not in common and not part.startswith(_REPEATS)]
             groups.setdefault(",".join(parts) or "all", []).append(100 * job["metrics"]["test/acc"])
     return [
         f"{name}: test accuracy {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} % "

@@ -37,7 +37,7 @@ def draws(rows, seed=0, epoch=0):
     return lambda n: sample_uniforms(seed, epoch, np.asarray(rows), "albumentations", n)
 
 
-@pytest.mark.parametrize("name", ["albumentations", "albumentations_strong"])
+@pytest.mark.parametrize("name", ["albumentations", "albumentations_hard"])
 def test_a_preset_is_a_function_of_seed_epoch_and_sample_alone(library, name):
     images, rows = pictures(24), np.arange(24)
     transform = AlbumentationsTransform(preset(name))
@@ -52,6 +52,30 @@ def test_a_preset_is_a_function_of_seed_epoch_and_sample_alone(library, name):
     assert torch.equal(part, whole[some])
     assert not torch.equal(transform(images, draws(rows, epoch=1)), whole)
     assert not torch.equal(transform(images, draws(rows, seed=1)), whole)
+
+
+RANDOM_INSIDE = ["AdditiveNoise", "CoarseDropout", "ElasticTransform", "GaussNoise", "GlassBlur", "GridDistortion"]
+RANDOM_INSIDE += ["ISONoise", "PixelDropout", "PlasmaBrightnessContrast", "RandomRain", "SaltAndPepper", "ShotNoise"]
+
+
+@pytest.mark.parametrize("name", RANDOM_INSIDE)
+def test_a_transform_that_draws_a_number_a_pixel_consumes_nobody_elses(library, name):
+    images, rows = pictures(5), np.arange(5)
+    transform = AlbumentationsTransform([{"name": name, "p": 1.0}])
+    whole = transform(images, draws(rows))
+    np.random.seed(99)
+    for row in (4, 0, 2):
+        assert torch.equal(transform(images[[row]], draws([row]))[0], whole[row])
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("name", ["albumentations", "albumentations_hard"])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_a_preset_takes_any_number_of_channels_and_sizes_from_digits_up_without_a_warning(library, name, channels):
+    transform = AlbumentationsTransform(preset(name))
+    for side in (8, 33):
+        images = pictures(60, channels, side)
+        assert transform(images, draws(range(60))).shape == images.shape
 
 
 @pytest.mark.parametrize("channels", [1, 5])

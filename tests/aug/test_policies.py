@@ -31,7 +31,7 @@ MAGNITUDES = {
     "Contrast": FACTORS,
     "Sharpness": FACTORS,
     "Posterize": [0.0, 1.0, 2.0, 4.0, 6.0, 7.0, 8.0],
-    "Solarize": [0.0, 0.1, 0.33, 0.5, 0.7, 0.999, 1.0],
+    "Solarize": [0.33, 0.999, *np.linspace(0, 1, 31), *np.linspace(0, 1, 10)],
 }
 
 
@@ -106,7 +106,8 @@ def test_each_operation_equals_torchvisions_within_one_level(name, size, channel
         # Where the source lies half-way between two pixels the last bit of the map decides; else nearest is exact.
         assert float((off(result, expected) > 0).float().mean()) <= 0.001
     else:
-        assert int(off(result, expected).max()) <= 1
+        exact = name in ("Identity", "Posterize", "Solarize", "Equalize", "Invert")
+        assert int(off(result, expected).max()) <= (0 if exact else 1)
     assert result.stride() == images.stride()
     assert torch.equal(images, before)
 

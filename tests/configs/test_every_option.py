@@ -14,9 +14,16 @@ from cvtrain.engine.signals import StopRequest
 GROUPS = catalog.groups()
 OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options]
 QUICK = ["epochs=2", "limit_train_batches=2", "limit_eval_batches=1", "batch_size=16", "device=cpu", "workers=0"]
+MULTILABEL = ["task=multilabel", "loss=bce", "data=csv", "data.label_separator=|", "img_size=32"]
+PHASES = [
+    *(f"resizing.phases.{name}.epochs={epochs}" for name, epochs in (("small", 1), ("full", 1))),
+    *("resizing.phases.small.img_size=6", "resizing.phases.medium=null"),
+]
 NEEDS = {
     ("regularizer", "stochastic_depth"): ["model=resnet18"],
-    ("data", "folder"): ["img_size=32"],
+    ("task", "multilabel"): MULTILABEL,
+    ("loss", "bce"): MULTILABEL,
+    ("resizing", "progressive"): ["model=resnet18", "img_size=8", *PHASES],
 }
 REFUSED_ON_CPU = {("precision", "fp16")}
 
@@ -45,7 +52,9 @@ def test_an_option_builds_steps_and_resumes_to_the_same_weights(group, option, t
         pytest.skip("needs a GPU; refused on a CPU with a message, see the front's tests")
     overrides = [*QUICK, f"{group}={option}", *NEEDS.get((group, option), [])]
     if group == "data":
-        overrides += write_for(option, tmp_path / "data")
+        overrides += [*write_for(option, tmp_path / "data"), "img_size=32"]
+    elif "data=csv" in overrides:
+        overrides += write_for("csv", tmp_path / "data")
     if (group, option) == ("debug", "fdr"):
         overrides += ["epochs=2"]
     whole = built(overrides, tmp_path / "whole")

@@ -186,6 +186,18 @@ def test_several_labels_become_rows_of_zeros_and_ones_and_an_empty_cell_none(tmp
         assert source.labels.tolist() == [[[1, 1], [1, 0], [0, 0]][kind] for kind in kinds]
 
 
+def test_limits_and_folds_spread_combinations_of_labels_evenly(tmp_path):
+    rows = []
+    for i in range(60):
+        photograph(tmp_path / f"{i}.jpg", i % 3)
+        rows.append((f"{i}.jpg", ["sea|sand", "sand", ""][i % 3]))
+    file = table(tmp_path, rows)
+    assert load(file, label_separator="|", limit=9).train.labels.sum(axis=0).tolist() == [6, 3]
+    tested = [load(file, label_separator="|", folds=4, fold=fold).test for fold in range(4)]
+    assert sorted(name for source in tested for name in source.names) == sorted(path for path, _ in rows)
+    assert all(source.labels.sum(axis=0).tolist() == [10, 5] for source in tested)
+
+
 def test_without_a_separator_a_cell_is_one_label(tmp_path):
     rows = [(path, f"{label}|x") for path, label in pictures(tmp_path)]
     sets = load(table(tmp_path, rows))

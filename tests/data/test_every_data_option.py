@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ from real_formats import write_for
 
 from cvtrain import catalog
 from cvtrain.compose import Composer
+from cvtrain.data import HuggingFace
 from cvtrain.data.base import DataSet, EncodedDataSet
 from cvtrain.data.source import ArraySource
-from cvtrain.errors import DataError
+from cvtrain.errors import ConfigError, DataError
 
 OPTIONS = catalog.groups()["data"]
 
@@ -110,7 +112,7 @@ def test_an_unreadable_picture_stops_with_its_place_or_is_left_out_without_movin
     for path in data.folder.rglob("*"):
         if path.is_file() and (before := path.read_bytes()).count(raw):
             hit += before.count(raw)
-            path.write_bytes(before.replace(raw, raw[:200] + bytes(len(raw) - 200)))
+            path.write_bytes(before.replace(raw, bytes(len(raw))))
     assert hit == 1
     for cache in ("none", "memory", "disk"):
         with pytest.raises(DataError, match=r"1 of \d+ pictures cannot be read") as error:
@@ -119,3 +121,9 @@ def test_an_unreadable_picture_stops_with_its_place_or_is_left_out_without_movin
         sets = data(cache=cache, on_error="skip", **made).load(16, 1.0, 2)
         assert sets.skipped == 1
         assert names(sets) == {**whole, "train": [name for name in whole["train"] if name != victim]}
+
+
+def test_data_hf_without_its_package_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"pip install 'cvtrain\[hf\]'"):
+        HuggingFace(name="some/set").load(8, 1.0, 0)

@@ -66,7 +66,7 @@ def test_the_ugly_folder_covers_every_row_of_the_contract(messy):
     rows = {file.row for file in verdicts.values()} - {""}
     assert rows == {"I1", "I3", "I4", "I5", "I6", "I7", "I8", "I9", "I10", "I11"}
     counts = {verdict: len(of(verdicts, verdict)) for verdict in ("read", "bad", "ignored")}
-    assert counts == {"read": 2 * (44 + 20), "bad": 2 * 21, "ignored": 2 * 8}
+    assert counts == {"read": 2 * (46 + 20), "bad": 2 * 21, "ignored": 2 * 8}
 
 
 def test_each_ugly_file_is_read_to_the_right_pixels_or_refused_for_the_right_reason(messy):
@@ -105,7 +105,7 @@ def test_fail_names_every_bad_file_at_once_before_training_in_a_process_that_end
     )  # fmt: skip
     assert answer.returncode == 3, answer.stderr
     message = next(line for line in answer.stderr.splitlines() if "cannot be read" in line)
-    assert "42 of 170 pictures cannot be read" in message
+    assert "42 of 174 pictures cannot be read" in message
     for path in of(verdicts, "bad"):
         assert f"{path}: " in message
     for path in [*of(verdicts, "read"), *of(verdicts, "ignored")]:
@@ -181,7 +181,7 @@ def test_skip_refuses_to_go_on_when_more_than_the_agreed_share_is_bad(messy, cvt
     root, _ = messy
     answer = cvtrain(*QUICK, f"data.root={root}", "data.on_error=skip")
     assert answer.code == 3
-    assert "42 of 170 pictures cannot be read, more than data.max_bad=0.01" in answer.err
+    assert "42 of 174 pictures cannot be read, more than data.max_bad=0.01" in answer.err
 
 
 def test_600_files_with_a_flipped_bit_are_read_or_refused_in_a_process_that_lives(tmp_path):

@@ -6,6 +6,10 @@ import importlib.machinery
 import importlib.util
 import io
 import json
+import multiprocessing
+import os
+import resource
+import socket
 import subprocess
 import tarfile
 import threading
@@ -260,6 +264,9 @@ def test_splits_may_be_given_as_roots_of_their_own(tmp_path):
     assert load(tmp_path / "a", **roots).counts() == {"train": 40, "val": 40, "test": 40, "skipped": 0}
     with pytest.raises(DataError, match="is given twice"):
         load(tmp_path / "a", val_root=str(tmp_path / "a"))
+    (tmp_path / "link.tar").symlink_to(tmp_path / "a" / "shard-000001.tar")
+    with pytest.raises(DataError, match=r"shard-000001.tar is given twice"):
+        load(tmp_path / "a", test_root=str(tmp_path / "link.tar"))
     write_shards(tmp_path / "d", prefix="val")
     write_shards(tmp_path / "d", prefix="train")
     with pytest.raises(ConfigError, match=r"holds val shards too"):
@@ -478,6 +485,11 @@ def test_an_epoch_visits_shards_in_windows_and_fetches_each_about_once(tmp_path,
     assert largest <= 11 << 20
     assert set(fetched(server).values()) == {1}
     assert 4 <= len(fetched(server)) <= 12
+    # Workers are in two windows for a moment.
+    server.fetched.clear()
+    again = [batch.indices for batch in loader(far, workers=2).train_batches(3)]
+    assert far.train.groups[np.concatenate(again)].tolist() == order
+    assert sum(fetched(server).values()) <= 14
 
 
 def test_without_an_index_the_shards_are_fetched_once_and_checked_on_the_way(tmp_path, serve, cache):
@@ -561,6 +573,13 @@ def test_a_server_that_is_gone_ends_the_command_with_exit_code_3_within_seconds(
     assert "Traceback" not in answer.err
 
 
+def test_a_server_that_accepts_and_says_nothing_is_given_up(monkeypatch):
+    monkeypatch.setattr(remote, "TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with pytest.raises(DataError, match=r"timed out after 3 tries"):
+            load(f"http://127.0.0.1:{silent.getsockname()[1]}/x.tar")
+
+
 def test_a_shard_that_changes_during_a_run_is_named(tmp_path, serve, cache):
     large(tmp_path / "s", shards=1, count=40)
     server = serve(tmp_path / "s")
@@ -587,16 +606,12 @@ def test_many_threads_that_want_one_shard_fetch_it_once(tmp_path):
     def fetch(descriptor):
         calls.append(1)
         time.sleep(0.05)
-        import os
-
         os.pwrite(descriptor, b"x" * 100, 0)
 
     store = remote.Store(tmp_path / "store", 1000)
     read = []
 
     def want():
-        import os
-
         descriptor = store.open("a.tar", 100, fetch)
         read.append(os.pread(descriptor, 100, 0))
         os.close(descriptor)
@@ -610,8 +625,6 @@ def test_many_threads_that_want_one_shard_fetch_it_once(tmp_path):
 
 
 def test_the_store_removes_what_was_used_longest_ago_and_what_a_killed_run_left(tmp_path):
-    import os
-
     store = remote.Store(tmp_path, 350)
 
     def get(name):
@@ -639,6 +652,37 @@ def test_a_download_that_fails_leaves_nothing_and_a_folder_that_cannot_be_writte
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"data.cache_dir=DIR"):
         remote.Store(tmp_path / "file" / "s", 1000).open("a.tar", 100, fail)
+
+
+def test_a_full_disk_is_a_storage_error_before_the_download_and_leaves_nothing(tmp_path):
+    store = remote.Store(tmp_path / "s", 1 << 20)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"disk full: .* needs 0.1 MB.*\n.*lower data.shards_mb"):
+            store.open("a.tar", 100_000, lambda _: pytest.fail("downloaded"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "s").iterdir() if path.suffix != ".lock"] == []
+
+
+def test_a_run_that_is_killed_while_it_downloads_does_not_keep_others_from_it(tmp_path):
+    started, finish = multiprocessing.get_context("fork").Event(), threading.Event()
+
+    def hang(_):
+        started.set()
+        finish.wait()
+
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: remote.Store(tmp_path, 1000).open("a.tar", 100, hang)
+    )
+    process.start()
+    assert started.wait(20)
+    process.kill()
+    process.join()
+    assert (tmp_path / ".a.tar.tmp").exists()
+    os.close(remote.Store(tmp_path, 1000).open("a.tar", 100, lambda file: os.pwrite(file, b"x" * 100, 0)))
+    assert (tmp_path / "a.tar").read_bytes() == b"x" * 100
 
 
 def test_reading_in_other_processes_works_without_a_network_when_everything_is_kept(tmp_path, serve):

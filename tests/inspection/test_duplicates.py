@@ -119,6 +119,22 @@ def test_a_set_of_nothing_but_copies_is_still_seen_through(photos):
     assert len({a for a, b, _ in groups if b < len(many)} | {b for a, b, _ in groups if b < len(many)}) >= 8
 
 
+def test_small_copies_in_a_group_larger_than_the_candidates_are_found(photos):
+    little = [image.resize((40, 40), Image.Resampling.BOX) for image in photos[:120]]
+    copies = [COPIES["jpeg30"](little[2].point(lambda v, k=k: max(0, v - k)), None) for k in range(1, 9)]
+    pairs = near_pairs(*small([*little, *copies]))
+    assert {row for a, b, _ in pairs for row in (a, b)} == {2, *range(120, 128)}
+
+
+def test_pictures_of_next_to_nothing_are_not_copies_of_each_other():
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 1, 32, 32), dtype=np.uint8)
+    for row in range(8):
+        pixels[row] = 100 + row + np.arange(32, dtype=np.uint8)[None, None, :] // 4
+    found = search(look(sets_of(pixels), 0))
+    assert found.groups == []
+    assert found.flat == 8
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_tiny_sets_are_searched_too(photos, count):
     if count == 0:
