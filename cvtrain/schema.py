@@ -28,6 +28,9 @@ METRICS = {
 }
 """Metrics that can be monitored, and whether more or less is better."""
 
+REMOVABLE = ("data.aug_overrides.", "aug.sample.", "aug.batch.", "resizing.phases.")
+"""Where null leaves a whole entry out."""
+
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
 
 
@@ -290,8 +293,8 @@ def _value_errors(node: dict[str, Any], trusted: Sequence[str], prefix: str = ""
             )
         elif isinstance(value, dict):
             yield from _value_errors(value, trusted, f"{path}.")
-        elif value is None and path.startswith(("data.aug_overrides.", "aug.sample.", "aug.batch.")):
-            continue  # null leaves an operation out
+        elif value is None and path.startswith(REMOVABLE):
+            continue  # null leaves an operation or a phase out
         elif key not in RULES:
             yield f"unknown key {path}={value}; {did_you_mean(key, RULES, 'keys')}"
         elif not RULES[key].accepts(value):

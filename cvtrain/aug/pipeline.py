@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
@@ -15,6 +16,10 @@ from cvtrain.aug.geometric import RandomResizedCrop
 from cvtrain.aug.ranges import number
 from cvtrain.core.random import generator, sample_uniforms
 from cvtrain.core.types import BatchTransform, CropChooser, Draw, Preprocess, SampleTransform
+
+
+LARGE = 3 * 96 * 96
+"""Bytes of a picture from which a batch on the CPU is shared among threads of our own; below, that would cost more."""
 
 
 @runtime_checkable

@@ -575,9 +575,9 @@ def test_a_server_that_is_gone_ends_the_command_with_exit_code_3_within_seconds(
 
 def test_a_server_that_accepts_and_says_nothing_is_given_up(monkeypatch):
     monkeypatch.setattr(remote, "TIMEOUT", 0.1)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        with pytest.raises(DataError, match=r"timed out after 3 tries"):
-            load(f"http://127.0.0.1:{silent.getsockname()[1]}/x.tar")
+    silent = socket.create_server(("127.0.0.1", 0))
+    with silent, pytest.raises(DataError, match=r"timed out after 3 tries"):
+        load(f"http://127.0.0.1:{silent.getsockname()[1]}/x.tar")
 
 
 def test_a_shard_that_changes_during_a_run_is_named(tmp_path, serve, cache):
