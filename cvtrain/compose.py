@@ -72,10 +72,10 @@ class Composer:
             try:
                 self._parser.parse_override(text)
             except HydraException as error:
-                raise ConfigError(
-                    f"{text!r} is not an override ({str(error).splitlines()[0]}). Write key=value, "
-                    f"group=option or group=[a,b]."
-                ) from error
+                fix = "Write key=value, group=option or group=[a,b]."
+                if "{" in text:
+                    fix = """Braces need quotes of both kinds: 'data.root="shards/train-{000..012}.tar"'."""
+                raise ConfigError(f"{text!r} is not an override ({str(error).splitlines()[0]}). {fix}") from error
         return self._parser.parse_overrides(list(overrides))
 
     def check(self, overrides: Sequence[str], trusted: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
@@ -128,6 +128,7 @@ class Composer:
 
     def _check_names(self, overrides: Sequence[str]) -> None:
         """Catch a misspelt group first: Hydra would suggest `+modle=…`, which trains the wrong model."""
+        _refuse_expanded_braces(overrides)
         groups = catalog.groups(self.extra)
         if self.verb != "train":
             groups = {name: options for name, options in groups.items() if name in catalog.defaults(self.verb)}
@@ -186,6 +187,17 @@ class Composer:
         groups = catalog.groups(self.extra)
         chosen = [text for text in overrides if text.partition("=")[0] in groups]
         return sorted(_leaves(plain(self._compose(chosen))))
+
+
+def _refuse_expanded_braces(overrides: Sequence[str]) -> None:
+    """Catch what a shell makes of unquoted braces; Hydra would keep the last shard and say nothing."""
+    tars = [text.partition("=")[0] for text in overrides if text.endswith(".tar")]
+    for key in tars:
+        if tars.count(key) > 1:
+            raise ConfigError(
+                f"{key} is given {tars.count(key)} times: the shell has expanded its braces.\n"
+                f"""Write 'data.root="shards/train-{{000..012}}.tar"', with both kinds of quotes."""
+            )
 
 
 def _hydra_node(composed: DictConfig) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def _one_of_each(sets: DataSets, count: int, seed: int) -> NDArray[np.int64]:
     rest = np.setdiff1d(np.arange(len(order)), first)
     chosen = np.concatenate([np.random.default_rng(seed).permutation(first), rest])[:count]
     # Pairs are mixed: an odd last one is left out.
-    return order[chosen][: max(2, len(chosen) // 2 * 2)].astype(np.int64)
+    even: NDArray[np.int64] = order[chosen][: max(2, len(chosen) // 2 * 2)].astype(np.int64)
+    return even
 
 
 def _operations(builder: Builder, sets: DataSets, images: Tensor, indices: NDArray[np.int64], folder: Path) -> None:
@@ -80,7 +81,8 @@ def _operations(builder: Builder, sets: DataSets, images: Tensor, indices: NDArr
     targets = {node.get("_target_") for _, node in chosen.values()}
     shipped = {name: (preset, node) for name, preset, node in shipped_operations() if node["_target_"] not in targets}
     original = channels_last(sets.preprocess.centre_crop(images))
-    overview, names = [], []
+    overview: list[list[NDArray[np.uint8]]] = []
+    names: list[str] = []
     for name, (preset, node) in {**chosen, **shipped}.items():
         try:
             always = {**node, "prob": 1.0} if "prob" in node else node

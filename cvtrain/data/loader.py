@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from cvtrain.core.types import Batch, CropChooser, DataSets, Source
 from cvtrain.data.order import balanced, by_shard, shuffled
 from cvtrain.data.source import ArraySource, EncodedSource
-from cvtrain.errors import ConfigError, DataError, WorkerError
+from cvtrain.errors import ConfigError, CvtrainError, DataError, WorkerError
 
 Indices = NDArray[np.int64]
+_Read = tuple[Tensor, Tensor] | CvtrainError
 
 DEVICE_LIMIT = 2 << 30
 """Bytes of a data set up to which `auto` keeps it on an accelerator."""
@@ -171,7 +172,7 @@ class Loader:
     def _from_host(self, source: Source | _Cropping, batches: list[Indices]) -> Generator[Batch, None, None]:
         device = self.config.device
         workers = min(self.config.workers, len(batches))
-        loader: DataLoader[tuple[Tensor, Tensor] | str] = DataLoader(
+        loader: DataLoader[_Read] = DataLoader(
             _Reader(source, batches),
             batch_size=None,
             shuffle=False,
@@ -187,8 +188,8 @@ class Loader:
         try:
             for indices in batches:
                 read = _next(iterator, workers)
-                if isinstance(read, str):
-                    raise DataError(read)
+                if isinstance(read, CvtrainError):
+                    raise read
                 images, targets = read
                 yield Batch(images, targets, indices, cropped=isinstance(source, _Cropping)).to(device)
         finally:
@@ -198,7 +199,7 @@ class Loader:
                 shutdown()
 
 
-def _next(iterator: Iterator[tuple[Tensor, Tensor] | str], workers: int) -> tuple[Tensor, Tensor] | str:
+def _next(iterator: Iterator[_Read], workers: int) -> _Read:
     """Return the next item; a worker that died or hangs becomes a `WorkerError`."""
     try:
         return next(iterator)
@@ -228,8 +229,8 @@ class _Cropping:
         return self._source.read_crops(indices, self._choose, *self._key, self._img_size)
 
 
-class _Reader(Dataset[tuple[Tensor, Tensor] | str]):
-    """One item a batch; a picture that cannot be read is returned as the text of its error.
+class _Reader(Dataset[_Read]):
+    """One item a batch; a picture that cannot be read is returned as its error.
 
     A raised exception would reach the main process as the worker's whole traceback.
     """
@@ -241,12 +242,12 @@ class _Reader(Dataset[tuple[Tensor, Tensor] | str]):
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor] | str:
+    def __getitem__(self, position: int) -> _Read:
         indices = self._batches[position]
         try:
             return self._source.read(indices), torch.from_numpy(self._source.labels[indices])
-        except DataError as error:
-            return str(error)
+        except CvtrainError as error:
+            return error
 
 
 def _unchanged(item: object) -> object:

@@ -70,7 +70,9 @@ def cutmix_sweep(images: Tensor, seed: int, count: int) -> Mapping[float, tuple[
     """Return for each of `ALPHAS` `count` mixtures of the two pictures of uint8 `(2, C, H, W)` with their λ."""
     found = {}
     for alpha in ALPHAS:
-        op, mixed, shares = CutMix(alpha), [], []
+        op = CutMix(alpha)
+        mixed: list[Pictures] = []
+        shares: list[float] = []
         # The pair is swapped by half of the permutations; the others would paste a picture into itself.
         for number in range(10 * count):
             targets = torch.eye(2)

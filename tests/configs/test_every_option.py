@@ -20,7 +20,7 @@ PHASES = [
     *("resizing.phases.small.img_size=6", "resizing.phases.medium=null"),
 ]
 NEEDS = {
-    # What the probe finds depends on the machine's other work; a resume takes it from the checkpoint, a new run does not.
+    # What the probe finds depends on the machine's other work; only a resume takes it from the checkpoint.
     ("precision", "amp"): ["precision.probe=false"],
     ("regularizer", "stochastic_depth"): ["model=resnet18"],
     ("task", "multilabel"): MULTILABEL,
