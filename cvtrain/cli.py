@@ -14,6 +14,8 @@ from cvtrain.errors import EXIT_OK, EXIT_SIGINT, ConfigError, CvtrainError, did_
 if TYPE_CHECKING:
     from cvtrain.compose import Composer
 
+PATHS = ("run", "resume", "weights", "source", "output")
+
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
@@ -101,6 +103,7 @@ def _hydra(verb: str, argv: list[str]) -> int:
     if args.shell_completion:
         return _hand_over(args, parser, verb, lambda config: None)
     composer = Composer(verb, args.config_dir)
+    args.overrides = [_quoted_path(text) for text in args.overrides]
     overrides = composer.parse(args.overrides)
     trusted = trusted_packages(overrides)
     _make_importable(trusted, composer.extra)
@@ -146,6 +149,13 @@ def _make_importable(trusted: list[str], config_dir: Path | None) -> None:
     if trusted:
         places = [Path.cwd(), *([config_dir, config_dir.parent] if config_dir else [])]
         sys.path.extend(str(place) for place in places if str(place) not in sys.path)
+
+
+def _quoted_path(override: str) -> str:
+    """Quote a path as it is printed and completed: a job's folder may be `lr=0.1,seed=2`, which is grammar to Hydra."""
+    key, _, value = override.partition("=")
+    plain = key in PATHS and any(sign in value for sign in "=,() ") and not any(quote in value for quote in "'\"")
+    return f"{key}='{value}'" if plain else override
 
 
 def _print_error(message: str) -> None:

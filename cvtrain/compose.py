@@ -235,7 +235,14 @@ def plain(composed: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"an interpolation does not resolve: {reason}") from error
     if not isinstance(container, dict):
         raise ConfigError("the config is not a mapping.")
-    return {str(key): value for key, value in container.items()}
+    return {str(key): _text_keys(value) for key, value in container.items()}
+
+
+def _text_keys(value: Any) -> Any:  # noqa: ANN401 - any plain value
+    """Return `value` with names as text: YAML reads a class called 1 as a number."""
+    if isinstance(value, dict):
+        return {str(key): _text_keys(below) for key, below in value.items()}
+    return [_text_keys(below) for below in value] if isinstance(value, list) else value
 
 
 def _unknown_name(key: str, value: str, groups: dict[str, dict[str, str]], names: list[str], verb: str) -> ConfigError:

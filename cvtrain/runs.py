@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cvtrain.core.files import storage_error, write_json
 from cvtrain.errors import CvtrainError, Interrupted, LockedError, StorageError
@@ -95,6 +95,27 @@ def write_status(folder: Path, state: str, exit_code: int | None, reason: str = 
     )
 
 
+_held: set[IO[str]] = set()
+
+
+def _let_go() -> None:
+    for file in _held:
+        file.close()
+
+
+# A data worker that outlives its killed parent by some seconds must not keep the run locked.
+os.register_at_fork(after_in_child=_let_go)
+
+
+@contextlib.contextmanager
+def _kept_from_children(file: IO[str]) -> Iterator[None]:
+    _held.add(file)
+    try:
+        yield
+    finally:
+        _held.discard(file)
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold `run.lock`, so that two processes never write to one run; free at once when the holder dies.
@@ -107,7 +128,7 @@ def locked(folder: Path) -> Iterator[None]:
         file = path.open("a+")
     except OSError as error:
         raise storage_error(path, error) from error
-    with file:
+    with file, _kept_from_children(file):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

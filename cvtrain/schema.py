@@ -319,11 +319,13 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
         )
     if scheduler.get("min_lr", 0) > optimizer.get("lr", math.inf):
         yield f"scheduler.min_lr={scheduler['min_lr']} is above optimizer.lr={optimizer['lr']}: lower scheduler.min_lr"
-    if scheduler.get("warmup_epochs", 0) >= config["epochs"] and scheduler.get("warmup_epochs", 0) > 0:
-        yield (
-            f"scheduler.warmup_epochs={scheduler['warmup_epochs']} leaves nothing of "
-            f"epochs={config['epochs']}: lower it, or raise epochs"
-        )
+    for name, epochs in _cycles(config):
+        if scheduler.get("warmup_epochs", 0) >= epochs and scheduler.get("warmup_epochs", 0) > 0:
+            yield (
+                f"scheduler.warmup_epochs={scheduler['warmup_epochs']} leaves nothing of "
+                f"{name}={epochs}: lower it, or raise {name}"
+            )
+            break
     if config["precision"].get("_target_", "").endswith(".Fp16") and config["device"] == "cpu":
         yield "precision=fp16 and device=cpu: a CPU has no fast float16; use precision=amp or precision=fp32"
     steps = list(config["compression"])
@@ -369,3 +371,10 @@ def _split_contradictions(data: dict[str, Any]) -> Iterator[str]:
             f"data.val_fraction={fractions[0]} and data.test_fraction={fractions[1]} leave nothing to "
             f"train on; keep their sum below 1"
         )
+
+
+def _cycles(config: dict[str, Any]) -> list[tuple[str, int]]:
+    """Return name and length of each learning-rate cycle: the run's, or its phases'."""
+    phases = config.get("resizing", {}).get("phases") or {}
+    cycles = [(f"resizing.phases.{name}.epochs", phase["epochs"]) for name, phase in phases.items() if phase]
+    return cycles or [("epochs", config["epochs"])]

@@ -1,16 +1,19 @@
 """Help, errors and the audit: everything that happens before torch is imported."""
 
+import os
 import re
+import signal
 import string
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cvtrain import catalog, schema
+from cvtrain import catalog, runs, schema
 from cvtrain.audit import HYDRA_TARGETS, audit
 from cvtrain.compose import Composer
 from cvtrain.errors import ConfigError
@@ -351,3 +354,30 @@ def test_any_override_is_accepted_or_refused_with_a_message(key, value, prefix):
         assert str(error).strip()
     else:
         assert True
+
+
+def test_class_names_that_look_like_numbers_may_stand_beside_others():
+    config = Composer("train", None).check(["class_weights={1: 2, other: 1}"], [])[1]
+    assert config["class_weights"] == {"1": 2, "other": 1}
+    assert runs.config_hash(config)
+
+
+def test_a_warm_up_longer_than_a_phase_is_refused_by_its_name():
+    phases = [f"resizing.phases.{name}.epochs=2" for name in ("small", "medium", "full")]
+    with pytest.raises(ConfigError, match=r"resizing\.phases\.small\.epochs=2"):
+        Composer("train", None).check(["resizing=progressive", "epochs=6", "scheduler.warmup_epochs=3", *phases], [])
+
+
+def test_a_forked_worker_does_not_keep_the_run_locked(tmp_path):
+    """Data workers live on for some seconds when their parent is killed."""
+    with runs.locked(tmp_path):
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+    try:
+        with runs.locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cvtrain.aug.geometric import RandomResizedCrop
 from cvtrain.aug.ranges import number
 from cvtrain.core.random import generator, sample_uniforms
+from cvtrain.core.threads import one_thread
 from cvtrain.core.types import BatchTransform, CropChooser, Draw, Preprocess, SampleTransform
-
-LARGE = 3 * 96 * 96
-"""Bytes of a picture from which a batch on the CPU is shared among threads of our own; below, that would cost more."""
 
 
 @runtime_checkable
@@ -90,24 +85,11 @@ class Augmentation:
             uint8 `(B, C, img_size, img_size)` on the device of `images`. A picture's result depends on
             (seed, epoch, its index) only, never on its batch. On a GPU the host does not wait for it.
         """
-        ops = list(self.sample.items())[cropped and self.crop is not None :]
-
-        def apply(images: Tensor, indices: NDArray[np.int64]) -> Tensor:
-            for key, op in ops:
+        leave_out = cropped and self.crop is not None
+        with one_thread(images.device):
+            for key, op in list(self.sample.items())[leave_out:]:
                 draw, resizing = _Draw(seed, epoch, indices, key), self._resizing.get(key)
                 images = op(images, draw) if resizing is None else resizing.to_size(images, draw, img_size)
-            return images
-
-        threads = torch.get_num_threads() if images.device.type == "cpu" else 1
-        with _one_thread(images.device):
-            if threads > 1 and len(images) > 1 and images[0].numel() >= LARGE and ops:
-                parts = zip(images.tensor_split(threads), np.array_split(indices, threads), strict=True)
-                with ThreadPoolExecutor(threads) as pool:
-                    made = list(pool.map(lambda part: apply(*part), (part for part in parts if len(part[1]))))
-                # Joined as rows of channels, the layout they are in.
-                images = torch.cat([part.permute(0, 2, 3, 1) for part in made]).permute(0, 3, 1, 2)
-            else:
-                images = apply(images, indices)
         top, left = (images.shape[-2] - img_size) // 2, (images.shape[-1] - img_size) // 2
         return images[..., top : top + img_size, left : left + img_size]
 
@@ -145,17 +127,3 @@ class _Draw:
 
 def _stream(key: str, call: int = 0) -> str:
     return f"aug.{key}" if call == 0 else f"aug.{key}.{call}"
-
-
-@contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """Keep torch to one thread for work on the CPU: its tensors are too small to share, and sharing them is slow."""
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

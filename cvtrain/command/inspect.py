@@ -35,6 +35,7 @@ DRAWS = 8
 PICTURES = 4
 BATCH = 24
 COLUMNS = 8
+PAIR = 2
 STEPS = 100
 SEEN = 0.8
 """Largest share of a picture's own label at which a mixture shows."""
@@ -116,6 +117,8 @@ def _operations(builder: Builder, sets: DataSets, images: Tensor, indices: NDArr
 
 
 def _mixing(sets: DataSets, images: Tensor, indices: NDArray[np.int64], folder: Path, seed: int) -> None:
+    if len(images) < PAIR:
+        return
     labels = sets.train.labels[indices]
     names = [sets.class_names[int(label if np.ndim(label) == 0 else label.argmax())] for label in labels]
     sweep = mixup_sweep(images)

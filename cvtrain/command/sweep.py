@@ -107,6 +107,11 @@ def _identity(overrides: list[str]) -> list[str]:
 
 def _sweep_folder(config: dict[str, Any], overrides: list[str]) -> Path:
     parent = Path(config["output_dir"]) / str(config["name"] or "multirun")
+    if config["resume"] not in ("none", "auto"):
+        folder = Path(config["resume"]).absolute()
+        if runs.read_json(folder / "sweep.json").get("overrides") != _identity(overrides):
+            raise ConfigError(f"resume={config['resume']} is no sweep of this command; use resume=auto.")
+        return folder
     if config["resume"] == "auto":
         for folder in sorted(parent.glob("*"), reverse=True):
             if runs.read_json(folder / "sweep.json").get("overrides") == _identity(overrides):

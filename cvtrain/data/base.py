@@ -353,6 +353,8 @@ class _Everything:
                 one(row, int(self._order[row]), verdicts.several)
             except DataError as error:
                 verdicts.bad[row] = str(error)
+                # Pillow's own errors about damaged data have no number; the system's have one, and may pass.
+                verdicts.passing |= isinstance(error.__cause__, OSError) and error.__cause__.errno is not None
 
         pool = ThreadPoolExecutor(max(1, self._workers))
         # Pillow warns of sizes that are refused here and of EXIF that does not matter. Filters are the process's, so

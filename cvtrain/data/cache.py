@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -34,10 +35,12 @@ class Verdicts:
     Attributes:
         bad: Position -> "place: reason" of those that cannot be read.
         several: Places of those with several frames, of which the first is taken.
+        passing: Whether one of the failures may pass, such as a drive that does not answer; then nothing is kept.
     """
 
     bad: dict[int, str] = field(default_factory=dict)
     several: list[str] = field(default_factory=list)
+    passing: bool = False
 
     def to_json(self) -> str:
         """Return JSON text."""
@@ -91,19 +94,18 @@ class Cache:
             StorageError: The folder cannot be written, or the disk is full; nothing is left behind.
         """
         path, size = self.folder / f"{key}.npy", int(np.prod(shape))
+        # Before any writing: a complete file is enough, also in a folder that is somebody else's.
+        found = self._opened(key, shape)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self._locked(key):
-                found = self._opened(key, shape)
-                if found is not None:
-                    return *found, f"{shape[0]} pictures are read from the cache {path}"
-                verdicts = self._make(key, shape, fill)
+            if found is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with self._locked(key):
+                    found = self._opened(key, shape)
+                    if found is None:
+                        return self._make(key, shape, fill)
         except OSError as error:
             raise self._storage_error(path, error, size) from error
-        made = self._opened(key, shape)
-        if made is None:
-            raise StorageError(f"the cache {path} cannot be read back. Give another folder with data.cache_dir=DIR.")
-        return made[0], verdicts, f"{shape[0]} pictures decoded once into the cache {path} ({size / 2**20:.0f} MiB)"
+        return *found, f"{shape[0]} pictures are read from the cache {path}"
 
     def verdicts(self, key: str, look: Callable[[], Verdicts]) -> tuple[Verdicts, bool]:
         """Return what `look` found the last time, or finds now; and whether it was known.
@@ -114,6 +116,8 @@ class Cache:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             return Verdicts.from_json(path.read_text()), True
         found = look()
+        if found.passing:
+            return found, False
         with contextlib.suppress(OSError, StorageError):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(path, found.to_json())
@@ -128,10 +132,10 @@ class Cache:
             return None
         return (array, verdicts) if array.shape == shape and array.dtype == np.uint8 else None
 
-    def _make(self, key: str, shape: tuple[int, int, int, int], fill: Fill) -> Verdicts:
+    def _make(self, key: str, shape: tuple[int, int, int, int], fill: Fill) -> tuple[NDArray[np.uint8], Verdicts, str]:
         for left in self.folder.glob(f".{key}.tmp-*"):
             left.unlink(missing_ok=True)
-        temporary = self.folder / f".{key}.tmp-{os.getpid()}"
+        temporary, path = self.folder / f".{key}.tmp-{os.getpid()}", self.folder / f"{key}.npy"
         try:
             with temporary.open("wb") as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -143,15 +147,21 @@ class Cache:
             verdicts = fill(array)
             array.flush()
             del array
+            pixels: NDArray[np.uint8] = np.load(temporary, mmap_mode="c")
+            if verdicts.passing:
+                # Still mapped, and gone with the run.
+                temporary.unlink()
+                return pixels, verdicts, "the cache is not kept: some pictures may only now be unreadable"
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             write_atomic(self.folder / f"{key}.json", verdicts.to_json())
-            temporary.replace(self.folder / f"{key}.npy")
+            temporary.replace(path)
             sync_folder(self.folder)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        return verdicts
+        megabytes = int(np.prod(shape)) / 2**20
+        return pixels, verdicts, f"{shape[0]} pictures decoded once into the cache {path} ({megabytes:.0f} MiB)"
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[None]:
@@ -164,7 +174,7 @@ class Cache:
             yield
 
     def _storage_error(self, path: Path, error: OSError, size: int) -> StorageError:
-        reason = str(storage_error(path, error, size)).splitlines()[0]
-        return StorageError(
-            f"{reason}\nFree some space, give another folder with data.cache_dir=DIR, or use data.cache=none."
-        )
+        fix = "Give another folder with data.cache_dir=DIR, or use data.cache=none."
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return StorageError(f"{str(storage_error(path, error, size)).splitlines()[0]}\nFree some space. {fix}")
+        return StorageError(f"cannot write the cache {path}: {error.strerror or error}\n{fix}")

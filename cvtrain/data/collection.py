@@ -69,13 +69,14 @@ class Files:
         return printable(self.content(index))
 
     def identity(self, index: int) -> str:
-        """Return path, size and time of change; the path alone when there is no such file."""
-        path = self.content(index)
+        """Return the absolute path, size and times of change; the path alone when there is no such file."""
+        path = os.path.abspath(self.content(index))  # noqa: PTH100 - may be no text
         try:
             status = os.stat(path)  # noqa: PTH116 - may be no text
         except OSError:
             return path
-        return f"{path}\0{status.st_size}\0{status.st_mtime_ns}"
+        # A copy may keep the other file's modification time, but not the time at which its inode changed.
+        return f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
 
     def only(self, keep: Indices) -> Files:
         """Return these positions."""

@@ -285,6 +285,8 @@ def _check(config: LoaderConfig, sets: DataSets) -> None:
         raise ConfigError(
             "sampler=balanced needs one label a picture\n  use sampler=shuffle and class_weights=balanced"
         )
+    if config.sampler == "balanced" and getattr(sets.train, "groups", None) is not None:
+        raise ConfigError("sampler=balanced jumps between shards\n  use class_weights=balanced instead")
     if config.workers < 0:
         raise ConfigError(f"workers={config.workers} is out of range\n  allowed: 0 or more")
 
@@ -305,7 +307,7 @@ def _choose(sets: DataSets, config: LoaderConfig) -> tuple[str, str]:
     if config.mode == "device":
         return "device", f"asked for, {megabytes}"
     if config.device.type == "cpu":
-        return "device", f"{megabytes} of uint8 are in memory already, and whole batches are augmented fastest"
+        return "device", f"{megabytes} of uint8 are in memory or its cache already; whole batches are augmented fastest"
     if size <= DEVICE_LIMIT:
         return "device", f"{megabytes} of uint8 fit on {config.device.type}, where whole batches are augmented"
     return "host", f"{megabytes} exceed the {DEVICE_LIMIT // 2**20} MiB that are kept on {config.device.type}"

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cvtrain.core.threads import one_thread
 from cvtrain.core.types import CropChooser
 from cvtrain.data.collection import Encoded, Files, Indices, Part
 from cvtrain.data.picture import check_picture, read_crop, read_picture
@@ -131,8 +132,8 @@ class EncodedSource:
 
     def read_crops(self, indices: Indices, choose: CropChooser, seed: int, epoch: int, img_size: int) -> Tensor:
         """Return uint8 `(B, C, img_size, img_size)`: the box of each picture that `choose` names; errors as `read`."""
-        return _stacked(
-            [
+        with one_thread():
+            crops = [
                 read_crop(
                     self.pictures.content(index),
                     lambda size, index=index: choose(seed, epoch, index, size),  # type: ignore[misc]
@@ -143,7 +144,7 @@ class EncodedSource:
                 )
                 for index in indices.tolist()
             ]
-        )
+        return _stacked(crops)
 
     def check(self, index: int) -> None:
         """Decode a picture as small as possible; errors as `read`."""

@@ -59,10 +59,18 @@ def stratified(labels: Indices, fractions: tuple[float, ...], seed: int) -> list
 
 
 def strata(labels: Indices) -> Indices:
-    """Return `(N,)` numbers of what is to be spread evenly: classes, or combinations of labels for `(N, K)`."""
+    """Return `(N,)` numbers of what is to be spread evenly: the class, or the rarest label a picture has.
+
+    Whole combinations of labels would mostly occur once, and could not be spread at all.
+
+    Args:
+        labels: `(N,)` class numbers, or `(N, K)` of 0 and 1; K stands for a picture without a label.
+    """
     if labels.ndim == 1:
         return labels
-    return np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    rarity = np.argsort(np.argsort(labels.sum(axis=0), kind="stable"))
+    rarest: Indices = np.where(labels == 1, rarity, labels.shape[1]).min(axis=1).astype(np.int64)
+    return rarest
 
 
 def fold_of(labels: Indices, folds: int, fold: int, seed: int) -> tuple[Indices, Indices]:
@@ -200,7 +208,7 @@ def checked(sets: DataSets) -> DataSets:
         if len(source) == 0:
             raise DataError(
                 f"data {sets.name}: the {split} split is empty\n"
-                "  add pictures, or raise data.val_fraction / data.test_fraction"
+                "  a class of one picture gives it to training, one of two to train and one other split: add pictures"
             )
         if sets.multilabel:
             continue

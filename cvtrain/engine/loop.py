@@ -43,6 +43,8 @@ def fit(run: TrainRun) -> None:
             run.schedule.end_epoch(improved=run.monitor.bad_epochs == 0)
             state.seconds = time.monotonic() - started
             state.end_epoch(row)
+            if run.resizing.phase(state.epoch).first == state.epoch:
+                run.schedule.begin_phase()
             run.tracker.scalars(row, state.step)
             run.display.end_epoch(run, row, is_best)
             run.tracker.flush()

@@ -143,6 +143,10 @@ class Schedule(Protocol):
         """Hear the epoch's result."""
         ...
 
+    def begin_phase(self) -> None:
+        """Hear that another size of pictures begins."""
+        ...
+
     def state(self) -> dict[str, float]:
         """Return what a checkpoint keeps."""
         ...

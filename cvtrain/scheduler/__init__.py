@@ -52,6 +52,9 @@ class Schedule:
     def end_epoch(self, improved: bool) -> None:
         """Hear whether the monitored metric improved; only `Plateau` listens."""
 
+    def begin_phase(self) -> None:
+        """Hear that the pictures change their size and the schedule starts anew; only `Plateau` listens."""
+
     def state(self) -> dict[str, float]:
         """Return what a checkpoint must keep."""
         return {}
@@ -133,6 +136,10 @@ class Plateau(Schedule):
         if self._bad_epochs > self.plateau_epochs:
             self._reductions += 1
             self._bad_epochs = 0
+
+    def begin_phase(self) -> None:
+        """Start at the full rate."""
+        self._bad_epochs = self._reductions = 0
 
     def state(self) -> dict[str, float]:
         """Return both counters."""

@@ -25,6 +25,14 @@ def test_all_folds_run_and_every_picture_is_tested_once(cvtrain):
         assert not set(split["test"]) & set(split["train"] + split["val"])
         assert not set(split["train"]) & set(split["val"])
     assert "mean ± std of 3" in answer.err
+    sweep = json.loads(answer.last)["run"]
+    again = cvtrain(*QUICK, "data.folds=3", "json=true", f"resume={sweep}")
+    assert again.code == 0, again.err
+    assert [job["run"] for job in json.loads(again.last)["jobs"]] == [job["run"] for job in jobs]
+    assert "job 1/3" not in again.err, "finished jobs are left alone"
+    assert cvtrain(*QUICK, "data.folds=3", "resume=outputs").code == 2
+    measured = cvtrain("val", f"run={jobs[1]['run']}", "json=true")  # a folder named by its overrides
+    assert measured.code == 0, measured.err
 
 
 def test_folds_multiply_with_a_sweep_and_are_summed_up_for_each_job(cvtrain):

@@ -1,15 +1,18 @@
 """The cache of decoded pictures: equal pixels, and safe against other runs, kills, changes and full disks."""
 
+import errno
 import multiprocessing
 import os
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from real_formats import write_folder
 
 from cvtrain.data import Folder, Loader, LoaderConfig
@@ -197,8 +200,6 @@ def test_pictures_decoded_at_each_reading_are_checked_once_for_all_runs(pictures
 
 
 def test_a_truncated_jpeg_is_named_before_training_also_when_pictures_are_not_held(pictures, tmp_path):
-    from PIL import Image
-
     from cvtrain.errors import DataError
 
     Image.effect_noise((300, 300), 80).convert("RGB").save(pictures / "red" / "x.jpg")
@@ -206,3 +207,47 @@ def test_a_truncated_jpeg_is_named_before_training_also_when_pictures_are_not_he
     Path(pictures / "red" / "x.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"red/x\.jpg"):
         Folder(root=str(pictures), cache="none", cache_dir=str(tmp_path / "c")).load(16, 1.0, 2)
+
+
+def test_folders_of_the_same_relative_path_do_not_share_a_cache(tmp_path, monkeypatch):
+    """Files of one name, size and time, as a copy leaves them, but of other pixels."""
+    found = []
+    for number, name in enumerate(("one", "two")):
+        write_folder(tmp_path / name / "d")
+        for path in (tmp_path / name / "d").rglob("*.png"):
+            pixels = np.full((8, 8, 3), 10 + 100 * number, np.uint8)
+            Image.fromarray(pixels).save(path.with_suffix(".bmp"))
+            os.utime(path.with_suffix(".bmp"), ns=(1, 1))
+            path.unlink()
+        monkeypatch.chdir(tmp_path / name)
+        found.append(sets_pixels(load("d", tmp_path / "cache").train).unique().tolist())
+    assert found == [[10], [110]]
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+def test_a_failure_that_may_pass_is_not_remembered(cache, pictures, tmp_path, monkeypatch):
+    def load_it():
+        return Folder(
+            root=str(pictures), cache=cache, cache_dir=str(tmp_path / "c"), on_error="skip", max_bad=1.0
+        ).load(16, 1.0, 2)
+
+    real = os.stat
+
+    def stale(path, *args, **kwargs):
+        if str(path).endswith("red/3.png") and sys._getframe(1).f_code.co_name == "_opened":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", stale)
+        first = load_it()
+    assert (first.skipped, "Stale" in first.bad[0]) == (1, True)
+    assert load_it().skipped == 0
+
+
+def test_a_complete_cache_is_used_from_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    Cache(str(tmp_path)).pixels("k", SHAPE, slowly(SHAPE, 0))
+    monkeypatch.setattr("fcntl.flock", lambda *args: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    assert "read from the cache" in Cache(str(tmp_path)).pixels("k", SHAPE, slowly(SHAPE, 0))[2]
+    with pytest.raises(StorageError, match=r"cannot write the cache .*Permission denied"):
+        Cache(str(tmp_path)).pixels("other", SHAPE, slowly(SHAPE, 0))

@@ -59,11 +59,20 @@ def test_a_limit_above_the_set_keeps_all_and_one_below_the_classes_is_refused():
         limited(LABELS, 3, 0)
 
 
-def test_several_labels_are_spread_by_combination():
-    labels = np.array([[1, 0], [0, 1], [1, 1], [0, 0]] * 25, np.uint8)
-    train, val = stratified(labels, (0.2,), seed=0)
-    for part, each in ((train, 20), (val, 5)):
-        assert np.unique(labels[part], axis=0, return_counts=True)[1].tolist() == [each] * 4
+@pytest.mark.parametrize(("count", "width"), [(1000, 20), (300, 6), (120, 12)])
+def test_splits_of_pictures_with_several_labels_have_their_shares_and_every_labels_frequency(count, width):
+    """Almost every combination of labels occurs once."""
+    labels = (np.random.default_rng(0).random((count, width)) < np.linspace(0.05, 0.4, width)).astype(np.uint8)
+    parts = stratified(labels, (0.1, 0.2), seed=0)
+    assert sorted(np.concatenate(parts)) == list(range(count))
+    for part, share in zip(parts, (0.7, 0.1, 0.2), strict=True):
+        assert len(part) == pytest.approx(share * count, abs=width)
+    few = limited(labels, count // 3, seed=0)
+    assert len(few) == count // 3
+    for part in (parts[0], few):
+        assert np.abs(labels[part].mean(0) - labels.mean(0)).max() < 0.06
+    folds = [fold_of(labels, 5, fold, seed=0)[1] for fold in range(5)]
+    assert max(map(len, folds)) - min(map(len, folds)) <= 1
 
 
 def test_balanced_epochs_draw_every_class_equally_often_and_reach_every_picture():

@@ -152,3 +152,12 @@ def test_every_scheduler_option_builds_the_defaults_of_its_class():
         rates = ours(schedule)
         assert len(rates) == TOTAL
         assert all(0 <= rate <= BASE for rate in rates)
+
+
+def test_a_plateau_starts_at_the_full_rate_in_each_phase():
+    schedule = Plateau(0.1, plateau_epochs=0)
+    for _ in range(3):
+        schedule.end_epoch(improved=False)
+    assert schedule.lr(BASE, Clock(0, STEPS, EPOCHS)) == pytest.approx(BASE * 1e-3)
+    schedule.begin_phase()
+    assert schedule.lr(BASE, Clock(0, STEPS, EPOCHS)) == BASE
