@@ -130,7 +130,9 @@ def read_crop(
         first = (min(round(left * x), upright.width - 1), min(round(top * y), upright.height - 1))
         last = (max(round((left + columns) * x), first[0] + 1), max(round((top + rows) * y), first[1] + 1))
         cut = to_tensor(upright.crop((*first, *last)))
-    return interpolate(cut[None], size=(size, size), mode="bilinear", antialias=True)[0]
+    # The batch of one is made where the rows are, so that torch sees channels last, keeps them and is quick.
+    batch = cut.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return interpolate(batch, size=(size, size), mode="bilinear", antialias=True)[0]
 
 
 def read_upright(

@@ -6,7 +6,6 @@ Every variant delivers normalised float32 batches on the CPU. torch runs on one 
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from cvtrain.data import ArraySource, Folder, Loader, LoaderConfig
 CPU = torch.device("cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 JITTER = {"weak": None, "standard": (0.2, 0.2, 0.2, 0.1), "strong": (0.4, 0.4, 0.4, 0.2), "rand_augment": None}
+SIDES = {500: tuple(JITTER), 256: ("weak",), 1500: ("weak",)}
 Batches = Callable[[int], Iterator[int]]
 
 
@@ -257,7 +257,7 @@ def measure(
     textbook = [name for name in found if name.startswith("textbook")]
     better = max(textbook, key=lambda name: sorted(found[name])[len(found[name]) // 2])
     rows = rates(case, found, "samples/s", better)
-    memory = {name: peak_memory(lambda run=run: list(run(20))) for name, run in fresh().items()}
+    memory = {name: peak_memory(lambda run=run: list(run(8))) for name, run in fresh().items()}
     base = max(memory[better], 1e-3)
     return rows + [Row(case, name, value, "MiB added", better, value / base) for name, value in memory.items()]
 
@@ -279,30 +279,29 @@ def main() -> None:
                 lambda name, slow=slow, fast=fast: fast if "device" in name else slow,
                 rounds,
             )
-    folders = [(500, preset) for preset in JITTER] + [(256, "weak"), (1500, "weak"), (3000, "weak")]
-    for side, preset in folders:
-        case = f"{side}-px JPEG, RRC 224, {preset}"
-        if args.only in case and not (args.quick and side == 3000):
-            temporary = Path(tempfile.mkdtemp(prefix="bench-input-"))
-            try:
-                write_photos(temporary / "photos", side, 64 if args.quick or side > 1000 else 256)
-                recipe = Recipe(preset, 224, "resized")
-                slow = 2 if args.quick or side > 1000 else 6
+    for side in SIDES:
+        presets = [preset for preset in SIDES[side] if args.only in f"{side}-px JPEG, RRC 224, {preset}"]
+        if not presets or (args.quick and side > 1000):
+            continue
+        batches = 2 if args.quick else 24 if side < 1000 else 10
+        with tempfile.TemporaryDirectory(prefix="bench-input-") as temporary:
+            folder = Path(temporary) / "photos"
+            # A few more than are read: val and test have their pictures too.
+            write_photos(folder, side, 18 * (batches + 2))
+            for preset in presets:
                 rows += measure(
-                    case,
-                    lambda recipe=recipe, folder=temporary / "photos": folder_case(recipe, folder, 16),
-                    lambda name, slow=slow: slow,
-                    rounds,
+                    f"{side}-px JPEG, RRC 224, {preset}",
+                    lambda preset=preset, folder=folder: folder_case(Recipe(preset, 224, "resized"), folder, 16),
+                    lambda name, batches=batches: batches,
+                    1 if args.quick else 3,
                 )
-            finally:
-                shutil.rmtree(temporary)
     report(
         rows,
         args,
         [
             "weak on JPEGs is RandomResizedCrop and flip; the others add to it as their preset does.",
             "JPEGs: crops of two photographs, resized to the named side, noise of 4 levels, quality 90.",
-            "ratio: to the better of the textbook's 0 and 2 workers; memory: what 20 batches add to a forked process, "
+            "ratio: to the better of the textbook's 0 and 2 workers; memory: what 8 batches add to a forked process, "
             "its workers included (proportional set size).",
         ],
     )
