@@ -25,12 +25,13 @@ def resize_all(pixels: NDArray[np.uint8], resize: int, workers: int) -> Tensor:
     """
     if pixels.shape[1:3] == (resize, resize):
         return torch.from_numpy(np.array(pixels, order="C")).permute(0, 3, 1, 2)
-    result = torch.empty((len(pixels), resize, resize, pixels.shape[-1]), dtype=torch.uint8)
+    # In NumPy: a tensor made in inference mode could not be written to from other threads.
+    result = np.empty((len(pixels), resize, resize, pixels.shape[-1]), np.uint8)
 
     def fill(position: int) -> None:
         picture = pixels[position]
         image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
-        result[position] = to_tensor(square(image, resize)).permute(1, 2, 0)
+        result[position] = np.asarray(square(image, resize)).reshape(resize, resize, -1)
 
     if workers > 1:
         with ThreadPoolExecutor(workers) as pool:
@@ -38,7 +39,7 @@ def resize_all(pixels: NDArray[np.uint8], resize: int, workers: int) -> Tensor:
     else:
         for position in range(len(pixels)):
             fill(position)
-    return result.permute(0, 3, 1, 2)
+    return torch.from_numpy(result).permute(0, 3, 1, 2)
 
 
 def square(image: Image.Image, resize: int) -> Image.Image:

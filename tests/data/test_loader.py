@@ -147,7 +147,7 @@ def test_loading_consumes_no_global_generator(workers):
 
 
 def test_auto_takes_the_device_for_arrays_and_the_host_for_files_and_says_why():
-    assert (loader().mode, "in memory already" in loader().reason) == ("device", True)
+    assert (loader().mode, "in memory or its cache already" in loader().reason) == ("device", True)
     files = loader(sets(wrap=Wrapped), workers=0)
     assert (files.mode, "as they are needed" in files.reason) == ("host", True)
     assert loader(mode="host").mode == "host"
