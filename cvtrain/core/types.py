@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -84,15 +85,13 @@ class Preprocess:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Turn uint8 `(B, C, H, W)` into the model's float32 input of the same shape and memory format."""
-        device, (batch, channels, height, width) = images.device, images.shape
-        std = torch.tensor(self.std, dtype=torch.float64)
-        scale, shift = (1 / (255 * std)).float(), (-torch.tensor(self.mean, dtype=torch.float64) / std).float()
+        batch, channels, height, width = images.shape
         if channels == 1 or not images.is_contiguous(memory_format=torch.channels_last):
-            per_plane = (1, -1, 1, 1)
-            return images.float().mul_(_on(scale.view(per_plane), device)).add_(_on(shift.view(per_plane), device))
+            scale, shift = (values.view(1, -1, 1, 1) for values in _affine(self.mean, self.std, 1, images.device))
+            return images.float().mul_(scale).add_(shift)
         # Rows of whole lines, whose factors repeat a pixel: seven times as fast on a CPU as factors a channel.
-        lines = images.permute(0, 2, 3, 1).reshape(-1, width * channels).float()
-        lines.mul_(_on(scale.repeat(width), device)).add_(_on(shift.repeat(width), device))
+        scale, shift = _affine(self.mean, self.std, width, images.device)
+        lines = images.permute(0, 2, 3, 1).reshape(-1, width * channels).float().mul_(scale).add_(shift)
         return lines.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -100,9 +99,14 @@ class Preprocess:
         return self.normalize(self.centre_crop(images))
 
 
-def _on(values: Tensor, device: torch.device) -> Tensor:
-    """Copy to `device` without making the host wait for it."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+@functools.cache
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], times: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return factors and summands for bytes, one a channel, the whole repeated `times`, on the device."""
+    # Kept from run to run: a tensor made in inference mode could not be used in training.
+    with torch.inference_mode(False):
+        deviation = torch.tensor(std, dtype=torch.float64)
+        scale, shift = 1 / (255 * deviation), -torch.tensor(mean, dtype=torch.float64) / deviation
+        return scale.float().repeat(times).to(device), shift.float().repeat(times).to(device)
 
 
 class Source(Protocol):

@@ -113,9 +113,9 @@ def timed(batches: Iterator[int]) -> float:
 
 def report(rows: Sequence[Row], args: argparse.Namespace, notes: Sequence[str] = ()) -> None:
     """Print the rows as a table, and write them with the hardware and the versions where asked."""
-    print(f"{'case':<34}{'variant':<26}{'value':>12} {'unit':<12}{'ratio':>8}  baseline")
+    print(f"{'case':<36}{'variant':<26}{'value':>12} {'unit':<12}{'ratio':>8}  baseline")
     for row in rows:
-        print(f"{row.case:<34}{row.variant:<26}{row.value:>12,.1f} {row.unit:<12}{row.ratio:>8.2f}  {row.baseline}")
+        print(f"{row.case:<36}{row.variant:<26}{row.value:>12,.1f} {row.unit:<12}{row.ratio:>8.2f}  {row.baseline}")
     for note in notes:
         print(note)
     if args.json:
