@@ -12,7 +12,7 @@ from torch import Tensor
 from cvtrain.core.threads import one_thread
 from cvtrain.core.types import CropChooser
 from cvtrain.data.collection import Encoded, Files, Indices, Part
-from cvtrain.data.picture import check_picture, read_crop, read_picture
+from cvtrain.data.picture import read_crop, read_picture
 from cvtrain.data.pixels import resize_all
 
 MEMORY_LIMIT = 2 << 30
@@ -145,10 +145,6 @@ class EncodedSource:
                 for index in indices.tolist()
             ]
         return _stacked(crops)
-
-    def check(self, index: int) -> None:
-        """Decode a picture as small as possible; errors as `read`."""
-        check_picture(self.pictures.content(index), self.max_pixels, self.pictures.place(index))
 
 
 def array_source(
