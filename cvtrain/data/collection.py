@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -181,7 +180,6 @@ class Collection:
         parts: `train`, and `val` and `test` where the set has them; the missing ones are carved from `train`.
         notes: Sentences for the log.
         multilabel: Whether a picture may have several labels, or none.
-        root: Where it was read from, for messages.
     """
 
     name: str
@@ -191,4 +189,3 @@ class Collection:
     parts: dict[str, Part]
     notes: list[str] = field(default_factory=list)
     multilabel: bool = False
-    root: Path | str = ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -42,7 +41,7 @@ class Folder(EncodedDataSet):
         class_names = self._classes(found)
         parts = folder_parts(root, found, class_names)
         names = [printable(name) for name in class_names]
-        return Collection("folder", names, self.channels, NATIVE_SIZE, parts, found.notes, root=Path(root))
+        return Collection("folder", names, self.channels, NATIVE_SIZE, parts, found.notes)
 
     def _classes(self, found: Scan) -> list[str]:
         train_name = "train" if "train" in found.splits else ""

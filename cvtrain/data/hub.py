@@ -100,7 +100,7 @@ class HuggingFace(EncodedDataSet):
             rows = self._rows(splits[split], image, split)
             parts[split] = Part(rows, labels, [f"{split}/{row}" for row in range(len(labels))])
         notes.append(f"pictures from column {image}, classes from column {label}")
-        return Collection("hf", names, self.channels, NATIVE_SIZE, parts, notes, root=self._shown)
+        return Collection("hf", names, self.channels, NATIVE_SIZE, parts, notes)
 
     @property
     def _shown(self) -> str:

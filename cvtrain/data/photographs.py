@@ -51,7 +51,7 @@ class _Photographs(Official, EncodedDataSet):
             paths = [path for path, _ in rows]
             labels = np.array([number for _, number in rows], np.int64)
             parts[split] = Part(Files(os.fspath(folder), paths), labels, [printable(path) for path in paths])
-        return Collection(self.name, class_names, self.channels, NATIVE_SIZE, parts, [note], root=folder)
+        return Collection(self.name, class_names, self.channels, NATIVE_SIZE, parts, [note])
 
 
 @dataclass(kw_only=True)

@@ -34,7 +34,7 @@ class _Published(Downloadable, DataSet):
         for split, (pixels, labels) in (("train", train), ("test", test)):
             parts[split] = Part(pixels, labels, [f"{split}/{i}" for i in range(len(labels))])
         notes = [f"official splits: {len(train[1])} train, {len(test[1])} test"]
-        return Collection(self.name, class_names, self.channels, self.size, parts, notes, root=self.folder)
+        return Collection(self.name, class_names, self.channels, self.size, parts, notes)
 
     @abstractmethod
     def _read(self, files: dict[str, Path]) -> tuple[list[str], Arrays, Arrays]:

@@ -92,7 +92,7 @@ class Shards(EncodedDataSet):
         said = ", ".join(f"{len(shards)} shard(s) for {split}" for split, shards in parts.items())
         notes.append(f"{said}; an epoch mixes pictures within windows of {WINDOW_SHARDS} shards")
         _warn_of_sorted(parts["train"], found, notes)
-        return Collection("shards", classes, self.channels, NATIVE_SIZE, collected, notes, root=str(self.root))
+        return Collection("shards", classes, self.channels, NATIVE_SIZE, collected, notes)
 
     def _sources(
         self, found: Collection, parts: dict[str, Part], resize: int, workers: int

@@ -82,7 +82,7 @@ class CSV(EncodedDataSet):
         }
         shown = [printable(name) for name in names]
         several = self.label_separator is not None
-        return Collection("csv", shown, self.channels, NATIVE_SIZE, parts, notes, several, root=file)
+        return Collection("csv", shown, self.channels, NATIVE_SIZE, parts, notes, several)
 
     def _table(self, file: Path) -> _Table:
         """Return the rows.
