@@ -4,8 +4,8 @@ Each is a pure function of pictures and host arrays, with one set of parameters 
 them. A function may write into the pictures it is given. Coordinates are in pixels, the centre of the first pixel at 0.
 What comes from outside the picture is 0 (black).
 
-Flips and crops by whole pixels exist twice: on a CPU a loop of memory copies is several times quicker than the
-batched gather that other devices want. Both give the same pixels.
+Flips and crops by whole pixels exist twice: on a CPU copies of memory are several times quicker than the batched
+gather that other devices want. Both give the same pixels.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from cvtrain.aug.boxes import DRAWS, Boxes, random_boxes
-from cvtrain.aug.ranges import chunks, interval, number, pixels_of, store, stretch, to_device
+from cvtrain.aug.ranges import CACHED_PIXELS, chunks, interval, number, pixels_of, store, stretch, to_device
+from cvtrain.core.crops import resized
 from cvtrain.core.random import sample_uniforms
 from cvtrain.core.types import Box, Draw
 
@@ -56,13 +58,20 @@ def shifted_crop(images: Tensor, top: NDArray[np.int64], left: NDArray[np.int64]
     """
     if images.device.type != "cpu":
         return shifted_crop_batched(images, top, left, padding)
-    height, width = images.shape[-2:]
-    # One picture's frame stays in the cache, and its border black.
-    frame = np.zeros((height + 2 * padding, width + 2 * padding, images.shape[1]), dtype=np.uint8)
-    middle = frame[padding : padding + height, padding : padding + width]
-    for picture, row, column in zip(pixels_of(images), top.tolist(), left.tolist(), strict=True):
-        middle[...] = picture
-        picture[...] = frame[row : row + height, column : column + width]
+    pixels = pixels_of(images)
+    height, width, channels = pixels.shape[1:]
+    # A few pictures' frames stay in the cache, and their borders black.
+    count = max(1, min(len(pixels), CACHED_PIXELS // (height * width)))
+    frames = np.zeros((count, height + 2 * padding, (width + 2 * padding) * channels), dtype=np.uint8)
+    middle = frames[:, padding : padding + height, padding * channels : (padding + width) * channels]
+    windows = sliding_window_view(frames, (height, width * channels), axis=(1, 2))
+    rows, columns = top, left * channels
+    for first in range(0, len(pixels), count):
+        part = pixels[first : first + count]
+        last = first + len(part)
+        middle[: len(part)] = part.reshape(len(part), height, -1)
+        chosen = windows[np.arange(len(part)), rows[first:last], columns[first:last]]
+        part[...] = chosen.reshape(part.shape)
     return images
 
 
@@ -121,12 +130,8 @@ def resized_crop(images: Tensor, boxes: Boxes, size: int) -> Tensor:
     """
     if images.device.type != "cpu":
         return resized_crop_batched(images, boxes, size)
-    shape = (len(images), images.shape[1], size, size)
-    result = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-    for position, (top, left, height, width) in enumerate(boxes.each()):
-        box = images[position : position + 1, :, top : top + height, left : left + width]
-        result[position] = F.interpolate(box, (size, size), mode="bilinear", antialias=True)[0]
-    return result
+    pictures = zip(torch.split(images, 1), boxes.each(), strict=True)
+    return resized([image[:, :, y : y + rows, x : x + columns] for image, (y, x, rows, columns) in pictures], size)
 
 
 def resized_crop_batched(images: Tensor, boxes: Boxes, size: int) -> Tensor:
@@ -261,7 +266,7 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True)
 class RandomBox:
-    """The box that a `RandomResizedCrop` takes of a picture; a `CropChooser`.
+    """The boxes that a `RandomResizedCrop` takes of pictures; a `CropChooser`.
 
     Attributes:
         stream: Name of the randomness.
@@ -273,7 +278,10 @@ class RandomBox:
     scale: tuple[float, float]
     ratio: tuple[float, float]
 
-    def __call__(self, seed: int, epoch: int, index: int, size: tuple[int, int]) -> Box:
-        """Return the box for the sample `index` of `size` (height, width)."""
-        uniforms = sample_uniforms(seed, epoch, np.array([index], dtype=np.int64), self.stream, DRAWS)
-        return random_boxes(uniforms, size, self.scale, self.ratio).each()[0]
+    def draw(self, seed: int, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return `(B, DRAWS)` numbers for the samples `indices`."""
+        return sample_uniforms(seed, epoch, indices, self.stream, DRAWS)
+
+    def boxes(self, uniforms: NDArray[np.float32], size: tuple[int, int]) -> list[Box]:
+        """Return a box for each row of `draw`, in pictures of `size` (height, width)."""
+        return random_boxes(uniforms, size, self.scale, self.ratio).each()

@@ -14,11 +14,14 @@ import functools
 import zlib
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 _FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_WHOLE_GAMMA = int(_GAMMA)
+_WHOLE_FACTORS = tuple(int(factor) for factor in _FACTORS)
 _MASK = 0xFFFFFFFFFFFFFFFF
 
 
@@ -40,17 +43,27 @@ def _columns(count: int) -> NDArray[np.uint64]:
 
 def _mix_one(x: int) -> int:
     """Do to one number what `_mix` does to many; a tenth of NumPy's price."""
-    x = ((x ^ (x >> 30)) * int(_FACTORS[0])) & _MASK
-    x = ((x ^ (x >> 27)) * int(_FACTORS[1])) & _MASK
+    x = ((x ^ (x >> 30)) * _WHOLE_FACTORS[0]) & _MASK
+    x = ((x ^ (x >> 27)) * _WHOLE_FACTORS[1]) & _MASK
     return x ^ (x >> 31)
 
 
-def _key(*parts: int | str) -> NDArray[np.uint64]:
-    state, gamma = 0, int(_GAMMA)
+def _hash(*parts: int | str) -> int:
+    state, gamma = 0, _WHOLE_GAMMA
     for part in parts:
         number = zlib.crc32(part.encode()) if isinstance(part, str) else part & _MASK
         state = _mix_one(((state + gamma) & _MASK) ^ _mix_one((number + gamma) & _MASK))
-    return np.array([state], dtype=np.uint64)
+    return state
+
+
+def _key(*parts: int | str) -> NDArray[np.uint64]:
+    return np.array([_hash(*parts)], dtype=np.uint64)
+
+
+@functools.lru_cache(maxsize=256)
+def _stream(seed: int, epoch: int, stream: str) -> NDArray[np.uint64]:
+    """Return where an operation's numbers of an epoch begin; asked for with every batch."""
+    return _key(seed, epoch, stream) + _GAMMA
 
 
 def sample_uniforms(seed: int, epoch: int, indices: NDArray[np.int64], stream: str, count: int) -> NDArray[np.float32]:
@@ -67,7 +80,7 @@ def sample_uniforms(seed: int, epoch: int, indices: NDArray[np.int64], stream: s
         `(B, count)` float32 in [0, 1). A row depends on its own index only, never on the batch around it.
     """
     # Arrays of integers overflow without a word, as the hash wants it.
-    start = _key(seed, epoch, stream) + _GAMMA
+    start = _stream(seed, epoch, stream)
     rows = _mix(_mix(indices.astype(np.uint64) + _GAMMA) ^ start) + _GAMMA
     bits = _mix(rows[:, None] ^ _columns(count))
     return ((bits >> np.uint64(40)).astype(np.float32)) * np.float32(2.0**-24)
@@ -81,4 +94,13 @@ def generator(*key: int | str) -> np.random.Generator:
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Return the seed (63 bits) for torch's own generators in one training step: dropout, stochastic depth."""
-    return int(_key("step", seed, step, rank)[0]) >> 1
+    return _hash("step", seed, step, rank) >> 1
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seed the generators that a step on `device` draws from; `torch.manual_seed` seeds every device's, at 100 µs."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)

@@ -63,6 +63,11 @@ class Preprocess:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return channels, height and width of the model's input."""
+        return self.channels, self.img_size, self.img_size
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON."""
         return {**dataclasses.asdict(self), "interpolation": "bilinear", "scale": 255.0, "layout": "NCHW"}
@@ -91,12 +96,21 @@ class Preprocess:
             return images.float().mul_(scale).add_(shift)
         # Rows of whole lines, whose factors repeat a pixel: seven times as fast on a CPU as factors a channel.
         scale, shift = _affine(self.mean, self.std, width, images.device)
-        lines = images.permute(0, 2, 3, 1).reshape(-1, width * channels).float().mul_(scale).add_(shift)
+        pixels = images.permute(0, 2, 3, 1).reshape(-1, width * channels)
+        lines = torch.empty(pixels.shape, device=images.device)
+        # On a CPU in parts that stay in its cache between the conversion and the arithmetic, which is one pass.
+        rows = max(1, _CACHED_FLOATS // (width * channels)) if images.device.type == "cpu" else max(1, len(pixels))
+        for part, source in zip(torch.split(lines, rows), torch.split(pixels, rows), strict=True):
+            torch.addcmul(shift, part.copy_(source), scale, out=part)
         return lines.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Turn uint8 `(B, C, resize, resize)` pictures into the model's float32 `(B, C, img_size, img_size)` input."""
         return self.normalize(self.centre_crop(images))
+
+
+_CACHED_FLOATS = 2**18
+"""Floats that stay in a CPU core's second-level cache."""
 
 
 @functools.cache
@@ -197,8 +211,12 @@ Box = tuple[int, int, int, int]
 
 
 class CropChooser(Protocol):
-    """Where to crop a picture at random while it is read."""
+    """Where to crop pictures at random while they are read."""
 
-    def __call__(self, seed: int, epoch: int, index: int, size: tuple[int, int]) -> Box:
-        """Return the box for the sample `index` of `size` (height, width), a pure function of the arguments."""
+    def draw(self, seed: int, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return `(B, n)` numbers for the samples `indices`, a pure function of the arguments."""
+        ...
+
+    def boxes(self, uniforms: NDArray[np.float32], size: tuple[int, int]) -> list[Box]:
+        """Return a box for each row of `draw`, in pictures of `size` (height, width)."""
         ...

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -18,11 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from cvtrain.core.types import Batch, CropChooser, DataSets, Source
 from cvtrain.data.order import balanced, by_shard, shuffled
+from cvtrain.data.shared_memory import workers_that_fit
 from cvtrain.data.source import ArraySource, EncodedSource
 from cvtrain.errors import ConfigError, CvtrainError, DataError, WorkerError
 
 Indices = NDArray[np.int64]
-_Read = tuple[Tensor, Tensor] | CvtrainError
+_Read = Tensor | CvtrainError
 
 DEVICE_LIMIT = 2 << 30
 """Bytes of a data set up to which `auto` keeps it on an accelerator."""
@@ -63,7 +65,8 @@ class Loader:
         sets: The data set.
         config: How to load it.
         crop: Where the augmentation's random resized crop is to be taken; used for pictures that are decoded as they
-            are read, so that each is decoded no larger than its crop needs. None: whole squares are read.
+            are read, so that each is decoded no larger than its crop needs, and for those in a CPU's memory, which are
+            then not copied in whole. None: whole squares are read.
 
     Attributes:
         mode: `device` (the splits live on the device as uint8) or `host` (worker processes read them).
@@ -81,11 +84,14 @@ class Loader:
         self.sets = sets
         self.config = config
         self.mode, self.reason = _choose(sets, config)
-        self._crop = crop if isinstance(sets.train, EncodedSource) else None
+        if self.mode == "host" and config.workers:
+            shape = sets.preprocess
+            batch_bytes = config.batch_size * shape.channels * shape.resize**2  # of all ranks: they may share a machine
+            self.config = replace(config, workers=workers_that_fit(config.workers, batch_bytes))
+        self._crop = crop
         total = len(sets.train)
         full, rest = divmod(total, config.batch_size)
-        self._last_share = rest // config.world_size if rest // config.world_size >= 2 else 0
-        self.steps_per_epoch = full + (self._last_share > 0)
+        self.steps_per_epoch = full + (rest >= 2 * config.world_size)
         if self.steps_per_epoch == 0:
             raise DataError(
                 f"data {sets.name}: no training batch: {total} pictures on {config.world_size} process(es) "
@@ -108,17 +114,30 @@ class Loader:
             WorkerError: A worker process died.
         """
         order = self._order(epoch)
-        share = self.config.batch_size // self.config.world_size
         batches = []
         for step in range(start, self.steps_per_epoch):
             first = step * self.config.batch_size
-            size = share if first + self.config.batch_size <= len(order) else self._last_share
-            first += self.config.rank * size
-            batches.append(order[first : first + size])
+            whole = order[first : first + self.batch_total(step)]
+            batches.append(np.array_split(whole, self.config.world_size)[self.config.rank])
         source = self.sets.train
-        if self._crop is None or img_size is None or not isinstance(source, EncodedSource):
+        if self._crop is None or img_size is None or not self._crops_at_reading(source):
             return self._batches("train", batches)
-        return self._from_host(_Cropping(source, self._crop, self.config.seed, epoch, img_size), batches)
+        cropping = _Cropping(source, self._crop, self.config.seed, epoch, img_size)
+        return self._from_host(cropping, batches, self.config.workers if self.mode == "host" else 0)
+
+    def batch_total(self, number: int) -> int:
+        """Return how many samples an epoch's training batch `number`, from 0, has over all ranks."""
+        return min(self.config.batch_size, len(self.sets.train) - number * self.config.batch_size)
+
+    def _crops_at_reading(self, source: Source) -> TypeGuard[EncodedSource | ArraySource]:
+        if isinstance(source, ArraySource):
+            # An accelerator crops a whole batch at once.
+            return self.config.device.type == "cpu"
+        return isinstance(source, EncodedSource)
+
+    def names(self, indices: Indices) -> list[str]:
+        """Return what the training pictures at these positions are called: paths, or positions as text."""
+        return [self.sets.train.names[i] for i in indices]
 
     def _order(self, epoch: int) -> Indices:
         train, seed = self.sets.train, self.config.seed
@@ -127,12 +146,15 @@ class Loader:
         groups = getattr(train, "groups", None)
         return shuffled(len(train), seed, epoch) if groups is None else by_shard(groups, seed, epoch)
 
-    def eval_batches(self, split: str, batch_size: int | None = None) -> Generator[Batch, None, None]:
+    def eval_batches(
+        self, split: str, batch_size: int | None = None, limit: int | None = None
+    ) -> Generator[Batch, None, None]:
         """Yield a split in order: every sample exactly once over all ranks, each rank a contiguous part.
 
         Args:
             split: `train`, `val` or `test`.
             batch_size: Samples in this rank's batches; None means its share of a training batch.
+            limit: Only what one process by itself would see in so many batches.
 
         Raises:
             DataError: A picture cannot be read.
@@ -140,6 +162,8 @@ class Loader:
         """
         size = batch_size or max(1, self.config.batch_size // self.config.world_size)
         count = len(_split(self.sets, split))
+        if limit is not None:
+            count = min(count, limit * size * self.config.world_size)
         mine = np.array_split(np.arange(count, dtype=np.int64), self.config.world_size)[self.config.rank]
         return self._batches(split, [mine[i : i + size] for i in range(0, len(mine), size)])
 
@@ -147,7 +171,7 @@ class Loader:
         source = _split(self.sets, split)
         if self.mode == "device" and isinstance(source, ArraySource):
             return self._from_device(split, source, batches)
-        return self._from_host(source, batches)
+        return self._from_host(source, batches, self.config.workers)
 
     def _from_device(self, split: str, source: ArraySource, batches: list[Indices]) -> Generator[Batch, None, None]:
         device = self.config.device
@@ -169,9 +193,11 @@ class Loader:
             first += len(indices)
             yield Batch(pixels.index_select(0, chosen).permute(0, 3, 1, 2), labels.index_select(0, chosen), indices)
 
-    def _from_host(self, source: Source | _Cropping, batches: list[Indices]) -> Generator[Batch, None, None]:
+    def _from_host(
+        self, source: Source | _Cropping, batches: list[Indices], workers: int
+    ) -> Generator[Batch, None, None]:
         device = self.config.device
-        workers = min(self.config.workers, len(batches))
+        workers = min(workers, len(batches))
         loader: DataLoader[_Read] = DataLoader(
             _Reader(source, batches),
             batch_size=None,
@@ -190,8 +216,12 @@ class Loader:
                 read = _next(iterator, workers)
                 if isinstance(read, CvtrainError):
                     raise read
-                images, targets = read
-                yield Batch(images, targets, indices, cropped=isinstance(source, _Cropping)).to(device)
+                # Not sent by the worker: every tensor that changes process costs a file descriptor and a message.
+                targets = torch.from_numpy(source.labels[indices])
+                if device.type == "cuda":
+                    # The workers' pictures are pinned already; a copy from other memory would wait for the GPU.
+                    targets = targets.pin_memory()
+                yield Batch(read, targets, indices, cropped=isinstance(source, _Cropping)).to(device)
         finally:
             # Left to garbage collection, workers of an epoch that was broken off may never hear that they are done.
             shutdown = getattr(iterator, "_shutdown_workers", None)
@@ -218,7 +248,9 @@ def _next(iterator: Iterator[_Read], workers: int) -> _Read:
 class _Cropping:
     """Training pictures of one epoch, cropped at random while they are read."""
 
-    def __init__(self, source: EncodedSource, choose: CropChooser, seed: int, epoch: int, img_size: int) -> None:
+    def __init__(
+        self, source: EncodedSource | ArraySource, choose: CropChooser, seed: int, epoch: int, img_size: int
+    ) -> None:
         self.labels = source.labels
         self._source = source
         self._choose = choose
@@ -245,7 +277,7 @@ class _Reader(Dataset[_Read]):
     def __getitem__(self, position: int) -> _Read:
         indices = self._batches[position]
         try:
-            return self._source.read(indices), torch.from_numpy(self._source.labels[indices])
+            return self._source.read(indices)
         except CvtrainError as error:
             return error
 

@@ -29,6 +29,9 @@ MAX_PIXELS = 89_478_485
 # EPS runs Ghostscript, the others are stubs that cannot decode.
 _REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
+# Each is known for sure by its first bytes.
+_USUAL_FORMATS = {"BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"}
+
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,9 +46,11 @@ _EXIF_ORIENTATION = 0x0112
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """Return the names of the formats that are opened."""
+    """Return the names of the formats that are opened, in the order in which they are tried."""
     Image.init()
-    return tuple(sorted(name for name in Image.OPEN if name not in _REFUSED_FORMATS))
+    # Pillow asks one after the other, and some read half a file before they decline.
+    known = sorted(name for name in Image.OPEN if name not in _REFUSED_FORMATS)
+    return tuple(sorted(known, key=lambda name: name not in _USUAL_FORMATS))
 
 
 @functools.cache
@@ -102,7 +107,7 @@ def read_crop(
     max_pixels: int = MAX_PIXELS,
     place: str | None = None,
 ) -> Tensor:
-    """Read a box of a picture, resized to a square; a JPEG is decoded no larger than that needs.
+    """Read a box of a picture, resized to a square; a JPEG is decoded no larger and no further down than that needs.
 
     Args:
         content: The file's path, or its bytes.
@@ -125,7 +130,12 @@ def read_crop(
         top, left, rows, columns = choose((height, width))
         shrink = max(size / rows, size / columns)
         wanted = (math.ceil(width * shrink), math.ceil(height * shrink))
-        upright = _upright(image, channels, wanted[::-1] if turned else wanted)
+        wanted = wanted[::-1] if turned else wanted
+        if image.format == "JPEG" and _orientation(image) == 1:
+            image.draft(None, wanted)
+            y = image.height / height
+            _load_down_to(image, max(round((top + rows) * y), round(top * y) + 1) - 1)
+        upright = _upright(image, channels, wanted)
         x, y = upright.width / width, upright.height / height
         first = (min(round(left * x), upright.width - 1), min(round(top * y), upright.height - 1))
         last = (max(round((left + columns) * x), first[0] + 1), max(round((top + rows) * y), first[1] + 1))
@@ -239,6 +249,9 @@ def _opened(content: str | bytes, max_pixels: int) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     """Return EXIF's orientation, 1 where there is none; damaged EXIF does not make a picture unreadable."""
+    # Without a look at EXIF, which even where there is none costs a tenth of a small picture's decoding.
+    if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():
+        return 1
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:
@@ -258,6 +271,33 @@ def _upright(image: Image.Image, channels: int, wanted: tuple[int, int]) -> Imag
     plain = _plain(image, "L" if channels == 1 else "RGB")
     turn = _TURNS.get(orientation)
     return plain if turn is None else plain.transpose(turn)
+
+
+class _Enough(Exception):  # noqa: N818 - no error
+    """What is wanted of a picture is decoded."""
+
+
+def _load_down_to(image: Any, row: int) -> None:  # noqa: ANN401 - Pillow does not tell the types of its plugins' hooks
+    """Load a JPEG until `row` is decoded, at the latest to its end; what lies below may stay black.
+
+    A large photograph's crop ends at six sevenths of its height on average. Pillow decodes a JPEG block by block as it
+    reads the file, each row once and whole; its plugins read through `load_read`.
+    """
+    read, line = image.load_read, (0, row, image.width, row + 1)
+
+    def reading(count: int) -> bytes:
+        # A row that is black by itself only means that more is read than needed.
+        if image.im.crop(line).getbbox() is not None:
+            raise _Enough
+        content: bytes = read(count)
+        return content
+
+    image.load_read = reading
+    try:
+        image.load()
+    except _Enough:
+        # As Pillow leaves it when it has loaded a picture.
+        image.tile = []
 
 
 def _plain(image: Image.Image, mode: str) -> Image.Image:

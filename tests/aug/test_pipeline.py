@@ -188,8 +188,8 @@ def test_a_crop_taken_while_reading_is_the_one_the_batch_would_get_and_is_left_o
     images, indices = pictures(size=24), np.arange(50, 57)
     chooser = pickle.loads(pickle.dumps(photographs().crop))
     read = [
-        tv.resized_crop(image, *chooser(3, 4, int(index), (24, 24)), [16, 16], antialias=True)
-        for image, index in zip(images, indices, strict=True)
+        tv.resized_crop(image, *box, [16, 16], antialias=True)
+        for image, box in zip(images, chooser.boxes(chooser.draw(3, 4, indices), (24, 24)), strict=True)
     ]
     expected = photographs().samples(images, indices, seed=3, epoch=4, img_size=16)
     result = photographs().samples(torch.stack(read), indices, seed=3, epoch=4, img_size=16, cropped=True)
@@ -198,7 +198,7 @@ def test_a_crop_taken_while_reading_is_the_one_the_batch_would_get_and_is_left_o
 
 def test_the_crop_taken_while_reading_draws_its_box_from_the_pictures_own_size():
     chooser = Augmentation({"cut": RandomResizedCrop((0.2, 0.2), (1.0, 1.0))}).crop
-    boxes = [chooser(0, 0, index, (100, 500)) for index in range(50)]
+    boxes = chooser.boxes(chooser.draw(0, 0, np.arange(50)), (100, 500))
     assert {box[2:] for box in boxes} == {(100, 100)}
     assert {box[0] for box in boxes} == {0}
     assert len({box[1] for box in boxes}) > 30

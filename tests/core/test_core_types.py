@@ -42,6 +42,15 @@ def test_pictures_are_cropped_scaled_and_normalised_as_the_formula_says(resize, 
     assert torch.equal(given, torch.from_numpy(pixels))
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 6, 6), (1, 3, 2, 100_000), (3, 3, 300, 301), (130, 3, 32, 32)])
+def test_batches_of_any_length_are_normalised_whole(shape):
+    images = torch.randint(0, 256, shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (RGB.mean, RGB.std))
+    result = RGB.normalize(images)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(result.double(), (images.double() / 255 - mean) / std, atol=1e-6)
+
+
 @pytest.mark.parametrize("channels", [1, 5])
 def test_any_number_of_channels_is_normalised_by_its_own_mean_and_std(channels):
     mean, std = tuple(i / 10 for i in range(channels)), tuple(1.0 + i for i in range(channels))

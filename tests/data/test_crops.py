@@ -1,13 +1,16 @@
 """Random resized crops taken while a picture is decoded: the same boxes and pixels as cutting the decoded picture."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
 from cvtrain.aug import Augmentation, HorizontalFlip, RandomResizedCrop
-from cvtrain.data import Folder, Loader, LoaderConfig
+from cvtrain.data import ArraySource, Folder, Loader, LoaderConfig
 from cvtrain.data.picture import read_crop
+from cvtrain.errors import DataError
 
 CPU = torch.device("cpu")
 
@@ -81,6 +84,7 @@ def sets(tmp_path):
 
 CROP = RandomResizedCrop((0.2, 0.8))
 AUGMENTATION = Augmentation({"cut": CROP, "flip": HorizontalFlip()})
+CROPPING = AUGMENTATION.crop
 
 
 def batches(sets, workers=0, start=0, epoch=3, img_size=16):
@@ -93,7 +97,8 @@ def test_the_loader_crops_every_picture_where_the_augmentation_would(sets):
         assert batch.cropped
         for picture, index in zip(batch.images, batch.indices.tolist(), strict=True):
             image = Image.open(sets.train.paths[index])
-            box = AUGMENTATION.crop(7, 3, index, (image.height, image.width))
+            crop = AUGMENTATION.crop
+            (box,) = crop.boxes(crop.draw(7, 3, np.array([index])), (image.height, image.width))
             assert 0.15 < box[2] * box[3] / (image.height * image.width) < 0.85
             assert close(picture, reference(image, box, 16))
 
@@ -120,3 +125,50 @@ def test_the_size_follows_the_phase_and_whole_squares_are_read_where_nothing_is_
     assert (whole.cropped, tuple(whole.images.shape)) == (False, (4, 3, 18, 18))
     made = Loader(sets, LoaderConfig(4, 7, CPU, workers=0), AUGMENTATION.crop)
     assert not next(made.eval_batches("val")).cropped
+
+
+@pytest.mark.parametrize(("mode", "workers"), [("device", 0), ("host", 0), ("host", 2)])
+def test_pictures_in_memory_are_cropped_as_they_are_read_exactly_as_the_augmentation_would(sets, mode, workers):
+    whole = sets.train.read(np.arange(len(sets.train)))
+    positions = np.arange(len(whole))[::-1].copy()
+    held = ArraySource(whole, sets.train.labels[positions], [""] * len(whole), positions)
+    made = Loader(dataclasses.replace(sets, train=held), LoaderConfig(4, 7, CPU, mode=mode, workers=workers), CROPPING)
+    for batch in made.train_batches(3, img_size=16):
+        squares = whole[positions[batch.indices]]
+        expected = AUGMENTATION.samples(squares.clone(), batch.indices, 7, 3, 16)
+        result = AUGMENTATION.samples(batch.images, batch.indices, 7, 3, 16, batch.cropped)
+        assert batch.cropped
+        assert torch.equal(result, expected)
+        assert batch.targets.tolist() == held.labels[batch.indices].tolist()
+
+
+def test_reading_crops_leaves_the_pictures_in_memory_as_they_were(sets):
+    whole = sets.train.read(np.arange(len(sets.train)))
+    held, before = ArraySource(whole, sets.train.labels, [""] * len(whole)), whole.clone()
+    box = RandomResizedCrop((1.0, 1.0), (1.0, 1.0)).chooser("full")
+    held.read_crops(np.arange(4), box, 0, 0, whole.shape[-1]).fill_(0)
+    assert torch.equal(whole, before)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("settings", [{}, {"progressive": True}, {"subsampling": 0}], ids=["plain", "scans", "full"])
+def test_a_jpeg_decoded_no_further_than_its_crop_gives_the_pixels_of_the_whole(tmp_path, monkeypatch, mode, settings):
+    noise = np.random.default_rng(0).integers(0, 256, (700, 500, 3), dtype=np.uint8)
+    noise[400:450] = 0
+    Image.fromarray(noise).convert(mode).save(tmp_path / "x.jpg", quality=95, **settings)
+    boxes = [(0, 0, 20, 500), (90, 30, 200, 300), (380, 10, 60, 90), (400, 0, 300, 300), (0, 0, 700, 500)]
+    crops = [read_crop(str(tmp_path / "x.jpg"), lambda size, box=box: box, 32, 3) for box in boxes]
+    monkeypatch.setattr("cvtrain.data.picture._load_down_to", lambda image, row: image.load())
+    for found, box in zip(crops, boxes, strict=True):
+        assert torch.equal(found, read_crop(str(tmp_path / "x.jpg"), lambda size, box=box: box, 32, 3))
+
+
+def test_a_crop_of_the_top_reads_only_the_beginning_of_the_file(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (700, 500, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "x.jpg", quality=95)
+    content = (tmp_path / "x.jpg").read_bytes()
+    half = content[: len(content) // 2]
+    top = (0, 0, 100, 100)
+    assert torch.equal(read_crop(half, lambda size: top, 64, 3), read_crop(content, lambda size: top, 64, 3))
+    with pytest.raises(DataError, match="truncated"):
+        read_crop(half, lambda size: (500, 0, 100, 100), 64, 3)
