@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import operator
+import logging
 
-import torch
-from torch import fx, nn
+from torch import nn
 
+from cvtrain.core.dataflow import BATCH, Dataflow, Value, dataflow
 from cvtrain.errors import ConfigError
+
+log = logging.getLogger("cvtrain")
+
+ADDITIONS = ("add", "add_", "__add__", "__iadd__", "__radd__")
+LONGEST_SHORTCUT = 4
+"""Layers of a projection on the shortcut: two convolutions and their norms."""
+HOMOGENEOUS = (
+    *("mul", "mul_", "div", "neg", "relu", "relu_", "dropout", "contiguous", "clone", "to", "float"),
+    *("reshape", "view", "flatten", "unflatten", "transpose", "permute", "movedim", "squeeze", "unsqueeze", "roll"),
+)
+"""Functions that make c·f(x) of c·x for c ≥ 0, so that a branch may be dropped before them."""
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -40,41 +51,89 @@ def stem_pool(model: nn.Module) -> str | None:
     return None
 
 
-def residual_branches(model: nn.Module) -> list[str]:
-    """Return the module that ends each residual branch, from input to output.
+def classifier(model: nn.Module, shape: tuple[int, int, int] | None = None) -> str:
+    """Return the path of the last linear layer or convolution that runs, the one that gives the logits.
 
-    An addition of two values that share an ancestor is a residual connection; its longer side is the branch.
+    Args:
+        model: A classifier.
+        shape: Channels, height and width that it takes; None: tried.
 
     Raises:
-        ConfigError: The model cannot be traced, or has no residual connection.
+        ConfigError: The model cannot be followed, or has no such layer.
     """
-    try:
-        graph = fx.symbolic_trace(model).graph
-    except Exception as error:  # torch.fx raises whatever the model's own control flow raises
-        raise ConfigError(f"{type(model).__name__} cannot be traced for residual branches ({error}).") from error
-    ancestors: dict[fx.Node, set[fx.Node]] = {}
-    depth: dict[fx.Node, int] = {}
-    ends: list[str] = []
-    for node in graph.nodes:
-        inputs = node.all_input_nodes
-        ancestors[node] = {node}.union(*(ancestors[i] for i in inputs)) if inputs else {node}
-        depth[node] = 1 + max((depth[i] for i in inputs), default=-1)
-        if _is_addition(node) and len(inputs) == 2 and _share_input(ancestors[inputs[0]], ancestors[inputs[1]]):
-            branch = max(inputs, key=lambda n: depth[n])
-            while branch.op != "call_module" and branch.all_input_nodes:
-                branch = max(branch.all_input_nodes, key=lambda n: depth[n])
-            if branch.op == "call_module":
-                ends.append(str(branch.target))
+    kinds = {path for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    for path in reversed(dataflow(model, shape).calls):
+        if path in kinds:
+            return path
+    raise ConfigError(f"{type(model).__name__} has no linear layer or convolution.")
+
+
+def residual_branches(model: nn.Module, shape: tuple[int, int, int] | None = None) -> list[str]:
+    """Return the module that ends each residual branch, from input to output.
+
+    A residual connection adds to a value what was computed of it (He et al., "Deep residual learning", CVPR 2016), or
+    adds two values of the same origin of which one, the shortcut, took a few layers at most to fit in shape. Whatever
+    the module returns may be dropped: it goes into that addition and nowhere else, and 0 stays 0 on its way.
+
+    Args:
+        model: A classifier.
+        shape: Channels, height and width that it takes; None: tried.
+
+    Returns:
+        Paths, each once.
+
+    Raises:
+        ConfigError: The model cannot be followed, or has no residual connection.
+    """
+    flow = dataflow(model, shape)
+    connections = [sides for value in flow.values if (sides := _shortcut_and_branch(flow.values, value)) is not None]
+    ends = [end for sides in connections if (end := _ending_module(flow, *sides)) is not None]
     if not ends:
         raise ConfigError(f"{type(model).__name__} has no residual branches.")
+    if len(ends) < len(connections):
+        log.info(
+            "%d of %d residual sums take in no module's output alone", len(connections) - len(ends), len(connections)
+        )
     return ends
 
 
-def _is_addition(node: fx.Node) -> bool:
-    if node.op == "call_function":
-        return node.target in (operator.add, operator.iadd, torch.add)
-    return node.op == "call_method" and node.target in ("add", "add_")
+def _shortcut_and_branch(values: list[Value], total: Value) -> tuple[int, int] | None:
+    """Return the numbers of what a residual connection adds up; None where `total` is none."""
+    if total.op not in ADDITIONS or len(total.operands) != 2:
+        return None
+    (one, one_shape), (two, two_shape) = total.operands
+    if one is None or two is None or one_shape != total.shape or two_shape != total.shape:
+        return None
+    shortcut, branch = sorted((one, two), key=lambda i: values[i].depth)
+    if values[shortcut].depth == values[branch].depth:
+        return None
+    if values[branch].ancestors >> shortcut & 1:
+        return shortcut, branch
+    common = values[shortcut].ancestors & values[branch].ancestors
+    fork = common.bit_length() - 1
+    if fork < 0 or values[fork].several or values[fork].shape == total.shape:
+        return None  # parts of one value, or parallel layers: nothing that a projection would be for
+    if values[shortcut].depth - values[fork].depth > LONGEST_SHORTCUT:
+        return None
+    # Between the fork and the sum nothing else may come in: queries and keys have a common origin, too.
+    between = (values[shortcut].ancestors | values[branch].ancestors) & ~values[fork].ancestors
+    entered = 0
+    for i in range(fork + 1, len(values)):
+        if between >> i & 1:
+            for j in values[i].inputs:
+                entered |= 1 << j
+    return (shortcut, branch) if not entered & ~between & ~(1 << fork) else None
 
 
-def _share_input(left: set[fx.Node], right: set[fx.Node]) -> bool:
-    return any(node.op == "placeholder" for node in left & right)
+def _ending_module(flow: Dataflow, shortcut: int, branch: int) -> str | None:
+    """Return the module whose output becomes the branch and nothing else; None where there is none."""
+    values = flow.values
+    while values[branch].uses == 1 and not values[shortcut].ancestors >> branch & 1:
+        value = values[branch]
+        once = [path for path in value.modules if flow.calls.count(path) == 1]
+        if once and value.shape[:1] == (BATCH,):
+            return once[-1]
+        if value.op not in HOMOGENEOUS:
+            return None
+        branch = max(value.inputs, key=lambda i: values[i].depth)
+    return None

@@ -8,8 +8,13 @@ from torch import Tensor, nn
 class Regularizer:
     """A regularizer that changes nothing; subclasses override what they need."""
 
-    def attach(self, model: nn.Module) -> None:
-        """Change `model` in place, once, before training."""
+    def attach(self, model: nn.Module, shape: tuple[int, int, int] | None = None) -> None:
+        """Change `model` in place, once, before training; its parameters keep their names.
+
+        Args:
+            model: The network that trains.
+            shape: Channels, height and width that it takes, in pixels; None: tried.
+        """
 
     def soften(self, targets: Tensor) -> Tensor:
         """Map training targets `(B, K)` float to the same shape."""

@@ -12,6 +12,9 @@ from cvtrain.regularizer.base import Regularizer
 
 log = logging.getLogger("cvtrain")
 
+OWN_RATES = {"StochasticDepth": "p", "DropPath": "drop_prob"}
+"""Class and rate of the modules that do the same in torchvision's and timm's networks."""
+
 
 class DropBranch:
     """Forward hook that drops a residual branch's output per sample, in training only."""
@@ -39,28 +42,34 @@ class StochasticDepth(Regularizer):
     def __init__(self, drop_prob: float = 0.1) -> None:
         self.drop_prob = drop_prob
 
-    def attach(self, model: nn.Module) -> None:
-        """Set the rates on the model's own stochastic-depth modules, or hook every residual branch.
+    def attach(self, model: nn.Module, shape: tuple[int, int, int] | None = None) -> None:
+        """Hook every residual branch, at our rates; stochastic depth that the network has of its own rests.
 
         Raises:
             ConfigError: The model has no residual branches.
         """
-        from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
-
-        own = [m for m in model.modules() if isinstance(m, TorchvisionStochasticDepth)]
-        if own:
-            for i, module in enumerate(own):
-                module.p = self.drop_prob * (i + 1) / len(own)
-            count = len(own)
-        else:
-            try:
-                ends = residual_branches(model)
-            except ConfigError as error:
-                raise ConfigError(
-                    f"regularizer=stochastic_depth does not fit this model: {error}\n"
-                    "Choose a residual model (model=resnet18), or leave stochastic_depth out of regularizer=."
-                ) from error
-            for i, path in enumerate(ends):
-                model.get_submodule(path).register_forward_hook(DropBranch(self.drop_prob * (i + 1) / len(ends)))
-            count = len(ends)
+        try:
+            ends = residual_branches(model, shape)
+        except ConfigError as error:
+            raise ConfigError(
+                f"regularizer=stochastic_depth does not fit this model: {error}\n"
+                "Choose a residual model (model=resnet18), or leave stochastic_depth out of regularizer=."
+            ) from error
+        for module in model.modules():
+            if type(module).__name__ in OWN_RATES:
+                setattr(module, OWN_RATES[type(module).__name__], 0.0)
+        count = len(ends)
+        for i, path in enumerate(ends):
+            model.get_submodule(path).register_forward_hook(DropBranch(self.drop_prob * (i + 1) / count))
         log.info("stochastic depth: %d branches, drop rate %.3f to %.3f", count, self.drop_prob / count, self.drop_prob)
+
+
+def drop_rates(model: nn.Module) -> dict[str, float]:
+    """Return the drop probability of each residual branch by the path of the module that ends it, lowest first."""
+    rates = {
+        path: hook.drop_prob
+        for path, module in model.named_modules()
+        for hook in module._forward_hooks.values()
+        if isinstance(hook, DropBranch)
+    }
+    return dict(sorted(rates.items(), key=lambda item: item[1]))

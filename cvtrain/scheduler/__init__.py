@@ -6,6 +6,8 @@ Nothing is stored but the plateau's counters, so a resumed run is at the right r
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -27,11 +29,17 @@ class Clock:
 class Schedule:
     """A constant rate after a linear warm-up; subclasses change what comes after.
 
+    Every rate is set anew at each step. Durations are epochs after the warm-up, whatever the length of the run; the
+    others (`Cosine`, `Polynomial`, `OneCycle`) spread over all of its epochs, so more epochs stretch them.
+
     The warm-up rises from `lr / (warm-up steps + 1)` in equal stairs; the schedule proper sees the time that is left.
 
     Args:
         warmup_epochs: Epochs of linear warm-up; a fraction is allowed.
     """
+
+    caption = "learning rate"
+    """Title of the curve that is drawn before training."""
 
     def __init__(self, warmup_epochs: float = 0) -> None:
         self.warmup_epochs = warmup_epochs
@@ -79,6 +87,44 @@ class Step(Schedule):
         return base_lr * self.gamma ** (step // (self.step_epochs * steps_per_epoch))
 
 
+class MultiStep(Schedule):
+    """Multiply by `gamma` at each of `milestones_epochs` (torch's MultiStepLR). Source: He et al., CVPR 2016."""
+
+    def __init__(
+        self, milestones_epochs: Sequence[int] = (12, 18), gamma: float = 0.1, warmup_epochs: float = 0
+    ) -> None:
+        super().__init__(warmup_epochs)
+        self.milestones_epochs, self.gamma = sorted(milestones_epochs), gamma
+
+    def after_warmup(self, base_lr: float, step: int, total: int, steps_per_epoch: int) -> float:
+        """Return the rate at `step`."""
+        return float(base_lr * self.gamma ** bisect_right(self.milestones_epochs, step // steps_per_epoch))
+
+
+class Exponential(Schedule):
+    """Multiply by `gamma` in each epoch, a little at every step; torch's ExponentialLR at the epochs' beginnings."""
+
+    def __init__(self, gamma: float = 0.9, warmup_epochs: float = 0) -> None:
+        super().__init__(warmup_epochs)
+        self.gamma = gamma
+
+    def after_warmup(self, base_lr: float, step: int, total: int, steps_per_epoch: int) -> float:
+        """Return the rate at `step`."""
+        return float(base_lr * self.gamma ** (step / steps_per_epoch))
+
+
+class Polynomial(Schedule):
+    """Fall to zero as (1 - t)^`power`, step by step. Source: Chen et al., DeepLab, TPAMI 2018 (power 0.9)."""
+
+    def __init__(self, power: float = 0.9, warmup_epochs: float = 0) -> None:
+        super().__init__(warmup_epochs)
+        self.power = power
+
+    def after_warmup(self, base_lr: float, step: int, total: int, steps_per_epoch: int) -> float:
+        """Return the rate at `step`."""
+        return float(base_lr * max(0.0, 1.0 - step / total) ** self.power)
+
+
 class Cosine(Schedule):
     """Half a cosine from the base rate to `min_lr`, step by step. Source: Loshchilov & Hutter, SGDR, ICLR 2017."""
 
@@ -89,6 +135,33 @@ class Cosine(Schedule):
     def after_warmup(self, base_lr: float, step: int, total: int, steps_per_epoch: int) -> float:
         """Return the rate at `step`."""
         return _cosine(base_lr, self.min_lr, step / total)
+
+
+class CosineRestarts(Schedule):
+    """Half a cosine to `min_lr`, then again from the base rate, each `restart_factor` times as long as the one before.
+
+    torch's CosineAnnealingWarmRestarts, moved at every step. Source: Loshchilov & Hutter, SGDR, ICLR 2017.
+
+    Args:
+        restart_epochs: Epochs of the first cosine.
+        restart_factor: A whole number.
+        min_lr: Where each ends.
+        warmup_epochs: Epochs of linear warm-up, before the first only.
+    """
+
+    def __init__(
+        self, restart_epochs: int = 10, restart_factor: int = 2, min_lr: float = 1e-6, warmup_epochs: float = 0
+    ) -> None:
+        super().__init__(warmup_epochs)
+        self.restart_epochs, self.restart_factor, self.min_lr = restart_epochs, restart_factor, min_lr
+
+    def after_warmup(self, base_lr: float, step: int, total: int, steps_per_epoch: int) -> float:
+        """Return the rate at `step`."""
+        length = self.restart_epochs * steps_per_epoch
+        while step >= length:
+            step -= length
+            length *= self.restart_factor
+        return _cosine(base_lr, self.min_lr, step / length)
 
 
 class OneCycle(Schedule):
@@ -117,6 +190,8 @@ class Plateau(Schedule):
 
     It hears of improvement from the run's own monitor (`mode`, `min_delta`), as torch's ReduceLROnPlateau would.
     """
+
+    caption = "learning rate without reductions: when the metric stalls is not known ahead"
 
     def __init__(
         self, gamma: float = 0.5, plateau_epochs: int = 5, min_lr: float = 0.0, warmup_epochs: float = 0

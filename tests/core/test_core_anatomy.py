@@ -14,10 +14,10 @@ from cvtrain.model import LeNet5, SimpleCNN
     ("name", "count", "end"),
     [
         ("resnet18", 8, ".bn2"),
-        ("resnet34", 16, ".bn2"),
-        ("resnet50", 16, ".bn3"),
-        ("mobilenet_v2", 10, ".conv.3"),
-        ("efficientnet_b0", 9, ".block.3.1"),
+        pytest.param("resnet34", 16, ".bn2", marks=pytest.mark.slow),
+        pytest.param("resnet50", 16, ".bn3", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", 10, ".conv", marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0", 9, ".stochastic_depth", marks=pytest.mark.slow),
     ],
 )
 def test_every_residual_branch_of_a_torchvision_network_is_found_in_order(name, count, end):
@@ -30,13 +30,6 @@ def test_every_residual_branch_of_a_torchvision_network_is_found_in_order(name, 
     assert all(path.endswith(end) for path in ends)
 
 
-def test_in_efficientnet_the_branches_are_the_blocks_that_really_add():
-    model = models.efficientnet_b0(weights=None)
-    ends = residual_branches(model)
-    adding = [path for path, m in model.named_modules() if getattr(m, "use_res_connect", False)]
-    assert [path.removesuffix(".block.3.1") for path in ends] == adding
-
-
 @pytest.mark.parametrize(
     "make", [lambda: LeNet5(10, 1, 28), lambda: SimpleCNN(10, 1, 8), lambda: models.vgg11(weights=None, num_classes=2)]
 )
@@ -47,19 +40,20 @@ def test_a_plain_network_has_no_residual_branch(make):
         residual_branches(model)
 
 
-def test_a_network_that_cannot_be_traced_says_so():
+def test_a_network_whose_way_depends_on_the_content_says_so():
     class Branching(nn.Module):
         def forward(self, x):
             return x + 1 if x.sum() > 0 else x
 
-    with pytest.raises(ConfigError, match="Branching cannot be traced"):
+    with pytest.raises(ConfigError, match="Branching cannot be followed from pictures to logits"):
         residual_branches(Branching())
 
 
 class Block(nn.Module):
     def __init__(self, add):
         super().__init__()
-        self.first, self.second, self.offset = nn.Linear(4, 4), nn.Linear(4, 4), nn.Parameter(torch.zeros(4))
+        self.first, self.second = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.offset = nn.Parameter(torch.zeros(1, 4, 1, 1))
         self.add = add
 
     def forward(self, x):
@@ -74,15 +68,25 @@ class Block(nn.Module):
         lambda m, x: torch.add(x, m.second(m.first(x))),
         lambda m, x: m.second(m.first(x)).add_(x),
         lambda m, x: x + torch.relu(m.second(m.first(x))) * 2,
-        lambda m, x: m.first(x) + m.second(torch.relu(m.first(x)).exp()),
+        lambda m, x: x + m.second(m.first(x)).permute(0, 2, 3, 1).permute(0, 3, 1, 2),
     ],
 )
 def test_every_way_to_write_the_addition_is_understood(add):
     assert residual_branches(Block(add)) == ["second"]
 
 
-@pytest.mark.parametrize("add", [lambda m, x: m.first(x) + m.offset, lambda m, x: m.second(m.first(x)) + 1.0])
-def test_adding_a_constant_or_a_parameter_is_no_residual_connection(add):
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda m, x: m.first(x) + m.offset,
+        lambda m, x: m.second(m.first(x)) + 1.0,
+        lambda m, x: m.first(x) + m.second(x),  # parallel layers
+        lambda m, x: x + m.second(x).mean((2, 3), keepdim=True),  # one number for all places
+        lambda m, x: x + torch.sigmoid(m.second(m.first(x))),  # dropping the layer would leave a half
+        lambda m, x: (y := m.second(x)) * (x + y),  # goes elsewhere, too
+    ],
+)
+def test_a_sum_that_is_no_residual_connection(add):
     with pytest.raises(ConfigError, match="no residual branches"):
         residual_branches(Block(add))
 

@@ -1,4 +1,4 @@
-"""Label smoothing and stochastic depth."""
+"""Label smoothing, dropout, and stochastic depth by itself; test_every_network.py has it on whole networks."""
 
 import math
 from pathlib import Path
@@ -9,27 +9,15 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 from torchvision import models
-from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
 
-from cvtrain.core.anatomy import residual_branches
 from cvtrain.errors import ConfigError
-from cvtrain.model import LeNet5, torchvision_model
-from cvtrain.regularizer import LabelSmoothing, Regularizer, StochasticDepth
-from cvtrain.regularizer.stochastic_depth import DropBranch
+from cvtrain.model import LeNet5, SimpleCNN
+from cvtrain.regularizer import Dropout, LabelSmoothing, Regularizer, StochasticDepth, drop_rates
 
-NETWORKS = ["resnet18", "mobilenet_v2", "efficientnet_b0", "convnext_tiny"]
 OPTIONS = sorted((Path(__file__).resolve().parents[2] / "configs" / "regularizer").glob("*.yaml"))
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def rates(model):
-    own = [m.p for m in model.modules() if isinstance(m, TorchvisionStochasticDepth)]
-    if own:
-        return own
-    hooks = [model.get_submodule(path)._forward_hooks.values() for path in residual_branches(model)]
-    return [hook.drop_prob for found in hooks for hook in found if isinstance(hook, DropBranch)]
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.05, 0.1, 0.2])
@@ -56,55 +44,6 @@ def test_a_regularizer_by_itself_changes_nothing():
     Regularizer().attach(model)
     assert Regularizer().soften(targets) is targets
     assert not model._forward_hooks
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_the_drop_rates_rise_linearly_with_depth_to_drop_prob(name):
-    model = models.get_model(name, weights=None, num_classes=2)
-    StochasticDepth(0.4).attach(model)
-    found = rates(model)
-    expected = {"resnet18": 8, "mobilenet_v2": 10, "efficientnet_b0": 16, "convnext_tiny": 18}[name]
-    assert found == pytest.approx([0.4 * (i + 1) / expected for i in range(expected)])
-
-
-def random_norms(model):
-    """A residual network may begin with branches of zero, whose dropping nobody would see."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_in_evaluation_the_output_is_the_plain_models_to_the_bit(name):
-    torch.manual_seed(0)
-    model = torchvision_model(3, 3, 32, name).eval()
-    random_norms(model)
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        plain = model(images)
-        StochasticDepth(0.5).attach(model)
-        assert torch.equal(model(images), plain)
-        assert torch.equal(model.train().eval()(images), plain)
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_in_training_it_drops_and_every_parameter_may_still_learn(name):
-    torch.manual_seed(0)
-    model = torchvision_model(3, 3, 32, name)
-    random_norms(model)
-    StochasticDepth(0.5).attach(model)
-    for module in model.modules():  # what is left to be random is stochastic depth
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    images = torch.randn(2, 3, 32, 32)
-    outputs = []
-    for seed in (1, 2, 1):
-        torch.manual_seed(seed)
-        outputs.append(model.train()(images))
-    assert torch.equal(outputs[0], outputs[2])
-    assert not torch.equal(outputs[0], outputs[1])
-    outputs[0].square().sum().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 class Residual(nn.Module):
@@ -170,8 +109,87 @@ def test_a_network_without_residual_branches_is_refused_with_the_fix():
 
 
 def test_every_regularizer_option_builds_what_it_names():
-    assert [path.stem for path in OPTIONS] == ["label_smoothing", "none", "stochastic_depth"]
+    assert [path.stem for path in OPTIONS] == ["dropout", "label_smoothing", "none", "stochastic_depth"]
     nodes = {path.stem: OmegaConf.load(path) for path in OPTIONS}
     assert nodes.pop("none") == {}
+    assert vars(instantiate(nodes["dropout"])) == vars(Dropout())
     assert vars(instantiate(nodes["label_smoothing"])) == vars(LabelSmoothing())
     assert vars(instantiate(nodes["stochastic_depth"])) == vars(StochasticDepth())
+
+
+def elements(model, images):
+    """What reaches the last linear layer."""
+    seen = []
+    handle = [m for m in model.modules() if isinstance(m, nn.Linear)][-1].register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0])
+    )
+    model(images)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("drop_prob", [0.1, 0.5])
+def test_dropout_before_the_last_layer_drops_at_the_rate_and_keeps_the_mean(drop_prob):
+    torch.manual_seed(0)
+    model = SimpleCNN(10, 1, 8)
+    names = list(model.state_dict())
+    plain = elements(model.eval(), torch.rand(256, 1, 8, 8))
+    Dropout(drop_prob).attach(model)
+    assert list(model.state_dict()) == names
+    torch.manual_seed(0)
+    model = SimpleCNN(10, 1, 8)
+    images = torch.rand(256, 1, 8, 8)
+    Dropout(drop_prob).attach(model)
+    assert torch.equal(elements(model.eval(), images), plain)
+    batch_norm = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    model.train()
+    for module in batch_norm:
+        module.eval()
+    dropped = elements(model, images)
+    kept = dropped != 0
+    assert torch.allclose(dropped[kept], plain[kept] / (1 - drop_prob), rtol=1e-4)
+    count = int((plain != 0).sum())
+    share = 1 - int(kept.sum()) / count
+    assert abs(share - drop_prob) < 4 * math.sqrt(drop_prob * (1 - drop_prob) / count)
+
+
+def test_dropout_sets_the_networks_own_layers_and_then_hooks_nothing():
+    model = models.alexnet(weights=None, num_classes=2)
+    Dropout(0.3).attach(model)
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.3, 0.3]
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_dropout_finds_the_last_layer_that_runs_not_the_last_that_is_written_down():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.body = nn.Linear(4, 2), nn.Conv2d(1, 4, 3)
+
+        def forward(self, images):
+            return self.head(self.body(images).mean((2, 3)))
+
+    model = Backwards()
+    Dropout(0.5).attach(model)
+    assert model.head._forward_pre_hooks
+    assert not model.body._forward_pre_hooks
+
+
+def test_dropout_is_logged_with_the_place(caplog):
+    caplog.set_level("INFO", logger="cvtrain")
+    Dropout(0.3).attach(SimpleCNN(10, 1, 8))
+    Dropout(0.4).attach(models.alexnet(weights=None, num_classes=2))
+    assert "dropout: 0.3 before head, the last layer" in caplog.text
+    assert "dropout: 0.4 in the network's 2 dropout layers" in caplog.text
+
+
+def test_dropout_refuses_a_network_without_layers_with_the_fix():
+    with pytest.raises(ConfigError, match=r"(?s)regularizer=dropout does not fit .*leave dropout out"):
+        Dropout().attach(nn.Sequential(nn.Flatten()))
+
+
+def test_the_rates_of_all_branches_can_be_listed():
+    model = Residual(4)
+    assert drop_rates(model) == {}
+    StochasticDepth(0.6).attach(model)
+    assert drop_rates(model) == pytest.approx({f"branches.{i}": 0.15 * (i + 1) for i in range(4)})

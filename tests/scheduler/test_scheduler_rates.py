@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -9,7 +10,22 @@ from omegaconf import OmegaConf
 from torch.optim import lr_scheduler
 
 from cvtrain.engine.monitor import Monitor
-from cvtrain.scheduler import Clock, Constant, Cosine, OneCycle, Plateau, Schedule, Step
+from cvtrain.report.plots import learning_rate
+from cvtrain.resizing import Constant as OnePhase
+from cvtrain.resizing import Progressive
+from cvtrain.scheduler import (
+    Clock,
+    Constant,
+    Cosine,
+    CosineRestarts,
+    Exponential,
+    MultiStep,
+    OneCycle,
+    Plateau,
+    Polynomial,
+    Schedule,
+    Step,
+)
 
 OPTIONS = sorted((Path(__file__).resolve().parents[2] / "configs" / "scheduler").glob("*.yaml"))
 BASE, EPOCHS, STEPS = 0.37, 12, 7
@@ -41,6 +57,40 @@ def test_constant_is_torchs_constant_lr():
 def test_step_is_torchs_step_lr(step_epochs, gamma):
     expected = torchs(lambda o: lr_scheduler.StepLR(o, step_epochs, gamma), every=STEPS)
     assert ours(Step(step_epochs, gamma)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("milestones", [[12, 18], [3, 7], [7, 3], [1], [5, 5, 8], [50]])
+def test_multistep_is_torchs_multi_step_lr_of_every_epoch(milestones):
+    expected = torchs(lambda o: lr_scheduler.MultiStepLR(o, milestones, 0.1), every=STEPS)
+    assert ours(MultiStep(milestones, 0.1)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [0.9, 0.5, 1.0])
+def test_exponential_is_torchs_exponential_lr_at_each_epoch_and_in_small_steps_between(gamma):
+    found = ours(Exponential(gamma))
+    by_epoch = torchs(lambda o: lr_scheduler.ExponentialLR(o, gamma), every=STEPS)
+    by_step = torchs(lambda o: lr_scheduler.ExponentialLR(o, gamma ** (1 / STEPS)))
+    assert found[::STEPS] == pytest.approx(by_epoch[::STEPS], rel=1e-9)
+    assert found == pytest.approx(by_step, rel=1e-9)
+
+
+@pytest.mark.parametrize("power", [0.9, 1.0, 2.0])
+def test_polynomial_is_torchs_polynomial_lr_of_every_step(power):
+    expected = torchs(lambda o: lr_scheduler.PolynomialLR(o, TOTAL, power))
+    assert ours(Polynomial(power)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("first", "factor", "min_lr"), [(10, 2, 1e-6), (1, 2, 0.0), (3, 1, 1e-3), (2, 3, 0.0)])
+def test_cosine_restarts_is_torchs_warm_restarts_moved_by_fractions_of_an_epoch(first, factor, min_lr):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=BASE)
+    scheduler = lr_scheduler.CosineAnnealingWarmRestarts(optimizer, first, factor, min_lr)
+    expected = []
+    for step in range(40 * STEPS):
+        scheduler.step(step / STEPS)
+        expected.append(optimizer.param_groups[0]["lr"])
+    found = ours(CosineRestarts(first, factor, min_lr), epochs=40)
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert found.count(BASE) == {(10, 2): 3, (1, 2): 6, (3, 1): 14, (2, 3): 4}[first, factor]
 
 
 @pytest.mark.parametrize("min_lr", [0.0, 1e-3])
@@ -106,7 +156,7 @@ def test_plateau_goes_on_from_its_saved_counters():
     assert one.lr(BASE, Clock(0, 1, 1)) == BASE * 0.5**3
 
 
-ALL = [Constant, Step, Cosine, OneCycle, Plateau]
+ALL = [Constant, Step, MultiStep, Exponential, Polynomial, Cosine, CosineRestarts, OneCycle, Plateau]
 
 
 @pytest.mark.parametrize("make", ALL)
@@ -143,8 +193,19 @@ def test_the_rate_is_a_function_of_the_step_alone(make):
 
 
 def test_every_scheduler_option_builds_the_defaults_of_its_class():
-    assert [path.stem for path in OPTIONS] == ["constant", "cosine", "onecycle", "plateau", "step"]
-    for path, kind in zip(OPTIONS, (Constant, Cosine, OneCycle, Plateau, Step), strict=True):
+    kinds = {
+        "constant": Constant,
+        "cosine": Cosine,
+        "cosine_restarts": CosineRestarts,
+        "exponential": Exponential,
+        "multistep": MultiStep,
+        "onecycle": OneCycle,
+        "plateau": Plateau,
+        "polynomial": Polynomial,
+        "step": Step,
+    }
+    assert [path.stem for path in OPTIONS] == list(kinds)
+    for path, kind in zip(OPTIONS, kinds.values(), strict=True):
         schedule = instantiate(OmegaConf.load(path))
         assert type(schedule) is kind
         assert isinstance(schedule, Schedule)
@@ -161,3 +222,64 @@ def test_a_plateau_starts_at_the_full_rate_in_each_phase():
     assert schedule.lr(BASE, Clock(0, STEPS, EPOCHS)) == pytest.approx(BASE * 1e-3)
     schedule.begin_phase()
     assert schedule.lr(BASE, Clock(0, STEPS, EPOCHS)) == BASE
+
+
+@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("warmup_epochs", [0, 2])
+def test_more_epochs_on_resume_stretch_what_spreads_over_the_run_and_leave_the_rest_as_it_was(make, warmup_epochs):
+    schedule = make(warmup_epochs=warmup_epochs)
+    before, after = ours(schedule), ours(schedule, EPOCHS + 8)
+    warmup = warmup_epochs * STEPS
+    assert after[:warmup] == pytest.approx(before[:warmup], rel=1e-12)
+    if make in (Cosine, OneCycle, Polynomial):
+        assert after[TOTAL - 1] > 10 * before[TOTAL - 1]
+        assert after[-1] < 0.02 * BASE
+    else:
+        assert after[:TOTAL] == pytest.approx(before, rel=1e-12)
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_each_phase_of_progressive_resizing_has_the_whole_schedule_at_its_own_rate(make):
+    phases = {"small": {"img_size": 16, "epochs": 7, "lr": None}, "full": {"img_size": 32, "epochs": 5, "lr": 0.1}}
+    resizing, schedule = Progressive(phases, EPOCHS, 32), make(warmup_epochs=1)
+    rates = []
+    for step in range(TOTAL):
+        phase = resizing.phase(step // STEPS)
+        clock = Clock(step - phase.first * STEPS, STEPS, phase.epochs)
+        rates.append(schedule.lr(BASE if phase.lr is None else phase.lr, clock))
+    assert rates[: 7 * STEPS] == ours(schedule, 7)
+    assert rates[7 * STEPS :] == [schedule.lr(0.1, Clock(step, STEPS, 5)) for step in range(5 * STEPS)]
+
+
+def drawn(picture):
+    """Where the curve's blue is, as rows by columns of the axes."""
+    red, green, blue = (picture[..., i].astype(int) for i in range(3))
+    return (abs(red - 0x2A) < 40) & (abs(green - 0x6F) < 40) & (abs(blue - 0xDB) < 40)
+
+
+def test_the_drawn_curve_falls_from_the_base_rate_to_the_end(tmp_path):
+    picture = learning_rate(ours(Cosine(warmup_epochs=2)), STEPS, tmp_path / "lr.png")
+    assert (tmp_path / "lr.png").read_bytes()[:4] == b"\x89PNG"
+    rows = drawn(picture[: int(0.75 * len(picture))])
+    columns = np.flatnonzero(rows.any(0))
+    heights = np.array([np.flatnonzero(rows[:, column]).mean() for column in columns])
+    top = heights.argmin()
+    share = (columns[top] - columns[0]) / (columns[-1] - columns[0])
+    assert share == pytest.approx(2 / EPOCHS, abs=0.04)  # the warm-up's end
+    assert (np.diff(heights[:top]) <= 1).all()
+    assert (np.diff(heights[top:]) >= -1).all()
+
+
+def test_phases_are_marked_where_there_are_several(tmp_path):
+    rates = ours(Cosine())
+    phases = Progressive({name: {"img_size": 8, "epochs": 6} for name in ("one", "two")}, EPOCHS, 8).phases
+    plain = learning_rate(rates, STEPS, tmp_path / "a.png")
+    one = learning_rate(rates, STEPS, tmp_path / "b.png", phases=OnePhase(EPOCHS, 8).phases)
+    two = learning_rate(rates, STEPS, tmp_path / "c.png", phases=phases)
+    assert np.array_equal(plain, one)
+    assert plain.shape != two.shape or not np.array_equal(plain, two)
+
+
+def test_the_title_of_a_plateau_says_that_its_reductions_are_not_known():
+    assert "without reductions" in Plateau.caption
+    assert {make.caption for make in ALL if make is not Plateau} == {"learning rate"}
