@@ -47,7 +47,16 @@ def load(config: dict[str, Any], trusted: list[str]) -> Deployed:
         ConfigError: Neither or both are given, or the file's `_target_` is not allowed.
         WeightsError: The file is missing, damaged or not from cvtrain.
     """
-    path = _path(config)
+    return load_file(_path(config), Builder(config, trusted).device(), trusted)
+
+
+def load_file(path: Path, device: torch.device, trusted: list[str], channels_last: bool = True) -> Deployed:
+    """Load the model of one model.safetensors.
+
+    Raises:
+        ConfigError: The file's `_target_` is not allowed.
+        WeightsError: The file is missing, damaged or not from cvtrain.
+    """
     metadata = weights.read(path)[1]
     names, preprocess, node = (weights.parse_metadata(metadata, key) for key in ("class_names", "preprocess", "model"))
     if not isinstance(names, list) or not isinstance(preprocess, dict) or not isinstance(node, dict):
@@ -59,11 +68,9 @@ def load(config: dict[str, Any], trusted: list[str]) -> Deployed:
         raise WeightsError(
             f"{path} has a damaged preprocessing ({error!r}). Use weights/model.safetensors of a run."
         ) from error
-    builder = Builder({"model": node, "device": config["device"]}, trusted)
-    device = builder.device()
-    model = build_model(builder, node, len(names), prep.channels, prep.img_size)
+    model = build_model(Builder({"model": node}, trusted), node, len(names), prep.channels, prep.img_size)
     weights.load_into(model, path)
-    lay_out(model, device, channels_last=True).eval()
+    lay_out(model, device, channels_last).eval()
     return Deployed(model, [str(name) for name in names], prep, device, path, metadata.get("task") == MULTILABEL)
 
 
