@@ -12,18 +12,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from cvtrain import resume
 from cvtrain.core.files import storage_error, write_json
 from cvtrain.errors import CvtrainError, Interrupted, LockedError, StorageError
 
-STATUS, ARGS = "status.json", "args.yaml"
-FREE_KEYS = ("resume", "json", "output_dir", "trusted", "workers", "name")
-"""Keys that may differ between a run and its continuation: they change nothing that is computed."""
+STATUS, ARGS, MANIFEST = "status.json", "args.yaml", "manifest.json"
 
 
 def config_hash(config: dict[str, Any]) -> str:
     """Return a short SHA-256 of a resolved config without its free keys."""
-    core = {key: value for key, value in config.items() if key not in FREE_KEYS}
-    return hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(resume.without_free(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def create_folder(parent: Path) -> Path:
@@ -47,12 +45,20 @@ def create_folder(parent: Path) -> Path:
     raise StorageError(f"no free run folder below {parent}. Choose another output_dir=DIR.")
 
 
-def find_run(parent: Path, digest: str) -> Path | None:
-    """Return the newest run folder below `parent` whose config has this hash, finished or not."""
-    for folder in sorted((p for p in parent.glob("*") if p.is_dir()), reverse=True):
-        if read_json(folder / "manifest.json").get("config_hash") == digest:
-            return folder.absolute()
-    return None
+def newest_first(parent: Path, file: str = MANIFEST) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the folders below `parent` that hold a JSON `file`, with its content, the newest first.
+
+    New is what has the higher `number` in that file; folders' names, which a wrong clock can put out of order, decide
+    among equals.
+    """
+    found = [(folder.absolute(), read_json(folder / file)) for folder in parent.glob("*")]
+    kept = [(folder, content) for folder, content in found if content]
+    return sorted(kept, key=lambda pair: (int(pair[1].get("number", 0)), pair[0].name), reverse=True)
+
+
+def next_number(parent: Path, file: str = MANIFEST) -> int:
+    """Return a number above that of every run (or sweep, told by `file`) below `parent`."""
+    return 1 + max((int(content.get("number", 0)) for _, content in newest_first(parent, file)), default=0)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -81,7 +87,10 @@ def write_status(folder: Path, state: str, exit_code: int | None, reason: str = 
         retryable: Whether the same command may succeed later.
     """
     files = read_json(folder / "weights" / "manifest.json").get("files", {})
-    has_last = "last.safetensors" in files and (folder / "weights" / "last.safetensors").exists()
+    resumes = read_json(folder / MANIFEST).get("resumes", [])
+    last = folder / "weights" / "last.safetensors"
+    has_last = "last.safetensors" in files and last.exists()
+    reached = _document(last) if has_last else {}
     write_json(
         folder / STATUS,
         {
@@ -89,10 +98,24 @@ def write_status(folder: Path, state: str, exit_code: int | None, reason: str = 
             "exit_code": exit_code,
             "reason": reason,
             "retryable": retryable,
+            "epoch": reached.get("epoch"),
+            "step": reached.get("step"),
             "checkpoint": "weights/last.safetensors" if has_last else None,
             "sha256": files["last.safetensors"][0] if has_last else None,
+            "resume_level": resume.worst([entry["level"] for entry in resumes]),
         },
     )
+
+
+def _document(checkpoint: Path) -> dict[str, Any]:
+    """Return the document in the header of a checkpoint, without reading its tensors."""
+    try:
+        with checkpoint.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        document = json.loads(header["__metadata__"]["cvtrain"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
+        return {}  # damaged: who restores it will say so
+    return document if isinstance(document, dict) else {}
 
 
 _held: set[IO[str]] = set()

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
 from cvtrain import __version__, runs
-from cvtrain.core.files import write_json
+from cvtrain.core import distributed
+from cvtrain.core.files import write_atomic, write_json
 from cvtrain.core.types import DataSets
 from cvtrain.precision import cpu_features
 
@@ -24,14 +26,34 @@ MULTILABEL = "multilabel"
 
 
 def write_manifest(
-    folder: Path, config: dict[str, Any], choices: dict[str, str], sets: DataSets, device: torch.device
+    folder: Path,
+    config: dict[str, Any],
+    choices: dict[str, str],
+    sets: DataSets,
+    device: torch.device,
+    resumed: dict[str, Any] | None = None,
 ) -> None:
-    """Write manifest.json: config hash, versions, hardware, the data's fingerprint, the commit."""
+    """Write args.yaml and manifest.json: config, versions, hardware, the data's fingerprint, the commit.
+
+    Args:
+        folder: The run folder. What an earlier manifest.json says about the run's past is kept.
+        config: Resolved.
+        choices: Which option each group has.
+        sets: The data.
+        device: The run's.
+        resumed: What `continuation.record` says about a resume; added to the earlier ones.
+    """
+    write_atomic(folder / runs.ARGS, OmegaConf.to_yaml(OmegaConf.create(config)))
+    before, digest = runs.read_json(folder / runs.MANIFEST), runs.config_hash(config)
     packages = ("torch", "torchvision", "hydra-core", "onnx", "onnxruntime", "numpy", "pillow")
     write_json(
-        folder / "manifest.json",
+        folder / runs.MANIFEST,
         {
-            "config_hash": runs.config_hash(config),
+            "number": before.get("number") or runs.next_number(folder.parent),
+            "config_hash": digest,
+            "config_hashes": list(dict.fromkeys([*before.get("config_hashes", []), digest])),
+            "config": config,
+            "resumes": [*before.get("resumes", []), *([resumed] if resumed else [])],
             "command": sys.argv,
             "choices": choices,
             "versions": {
@@ -57,6 +79,19 @@ def write_manifest(
             "git": git_sha(),
         },
     )
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what the bits of a run depend on beside its config and its data."""
+    return {
+        "cvtrain": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "world_size": distributed.world_size(),
+    }
 
 
 def deployment_metadata(config: dict[str, Any], sets: DataSets) -> dict[str, str]:

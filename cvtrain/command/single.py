@@ -9,10 +9,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from cvtrain import runs
+from cvtrain import resume, runs
 from cvtrain.command.handover import quoted, to_hydra
 from cvtrain.command.job import Outcome, execute
 from cvtrain.compose import group_choices
+from cvtrain.core import launch
 from cvtrain.errors import EXIT_OK, ConfigError
 
 
@@ -25,16 +26,24 @@ def run(
 ) -> int:
     """Train once; return the exit code. Nothing was written before this."""
     choices = group_choices(composed.hydra.runtime.choices)
+    if launch.world_size() > 1:
+        from cvtrain.command import launched
+
+        return launched.run(config, choices, args, parser, trusted)
     folder = choose_folder(config, choices)
-    outcome = finished_outcome(folder) if config["resume"] != "none" and runs.is_finished(folder) else None
-    if outcome is None:
-        outcomes: list[Outcome] = []
-        args.overrides += [quoted("hydra.run.dir", folder)]
-        to_hydra(args, parser, "train", lambda _: outcomes.append(execute(config, folder, trusted, choices)))
-        outcome = outcomes[0]
-    else:
-        sys.stderr.write("cvtrain: this run is already finished; nothing to do (resume=none starts a new one)\n")
-    return report(outcome, bool(config["json"]))
+    outcome = settled(folder, config)
+    if outcome is not None:
+        return tell_finished(outcome, bool(config["json"]))
+    outcomes: list[Outcome] = []
+    args.overrides += [quoted("hydra.run.dir", folder)]
+    to_hydra(args, parser, "train", lambda _: outcomes.append(execute(config, folder, trusted, choices)))
+    return report(outcomes[0], bool(config["json"]))
+
+
+def tell_finished(outcome: Outcome, as_json: bool) -> int:
+    """Say that there is nothing to do; return the exit code."""
+    sys.stderr.write("cvtrain: this run is already finished; nothing to do (resume=none starts a new one)\n")
+    return report(outcome, as_json)
 
 
 def report(outcome: Outcome, as_json: bool) -> int:
@@ -55,28 +64,66 @@ def run_parent(config: dict[str, Any], choices: dict[str, str]) -> Path:
 def choose_folder(config: dict[str, Any], choices: dict[str, str]) -> Path:
     """Return the run folder: a new one, or the one that `resume` means.
 
+    `resume=auto` takes the newest run that goes on with this config as it is, then the newest that does with
+    `resume_allow`. It refuses nothing, since a grid of configs shares a name: without such a run it starts a new one,
+    and says what keeps it from the unfinished one.
+
     Raises:
-        ConfigError: `resume` names no run folder, or one of another config.
+        ConfigError: `resume` names no run folder, or `resume_allow` no key.
     """
-    parent = run_parent(config, choices)
-    resume, digest = str(config["resume"]), runs.config_hash(config)
-    if resume == "auto":
-        return runs.find_run(parent, digest) or runs.create_folder(parent)
-    if resume != "none":
-        folder = Path(resume).absolute()
-        manifest = runs.read_json(folder / "manifest.json")
-        if not manifest:
+    resume.check_names(config)
+    parent, asked = run_parent(config, choices), str(config["resume"])
+    if asked == "none":
+        return runs.create_folder(parent)
+    if asked != "auto":
+        folder = Path(asked).absolute()
+        if "config" not in runs.read_json(folder / runs.MANIFEST):
             raise ConfigError(
-                f"resume={resume} is not a run folder (no manifest.json). Use resume=auto, or the folder "
-                f"that a run printed."
-            )
-        if manifest.get("config_hash") != digest:
-            raise ConfigError(
-                f"resume={resume} was started with another config; see {folder / 'args.yaml'}. Give the "
-                f"same overrides, or start a new run."
+                f"resume={asked} is not a run folder (no manifest.json). Use resume=auto, or the folder that a run "
+                "printed."
             )
         return folder
+    others = [
+        (folder, resume.compare(manifest["config"], config))
+        for folder, manifest in runs.newest_first(parent)
+        if "config" in manifest
+    ]
+    for allowed in ((), config["resume_allow"]):
+        fitting = [folder for folder, changes in others if not resume.blocking(changes, allowed)]
+        if fitting:
+            return fitting[0]
+    _tell_nearest(others)
     return runs.create_folder(parent)
+
+
+def _tell_nearest(others: list[tuple[Path, list[resume.Change]]]) -> None:
+    """Say in a line why the newest unfinished run is not the one, and how it would be."""
+    folder, changes = next(((f, c) for f, c in others if not runs.is_finished(f)), (None, []))
+    if folder is None:
+        return
+    blocking = resume.blocking(changes)
+    if any(change.effect is resume.Effect.IDENTITY for change in blocking):
+        hint = ""
+    else:
+        hint = f"; to go on there: resume={folder} {resume.allowance(blocking)}"
+    sys.stderr.write(
+        f"cvtrain: starting a new run; {folder} is unfinished, but of another config: "
+        f"{resume.described(blocking)}{hint}\n"
+    )
+
+
+def settled(folder: Path, config: dict[str, Any]) -> Outcome | None:
+    """Return what the run in `folder` reported if this config asks for nothing more; None when there is work.
+
+    Raises:
+        ConfigError: The run may not go on with this config.
+    """
+    old = runs.read_json(folder / runs.MANIFEST).get("config")
+    if old is None:
+        return None
+    changes = resume.check(folder, old, config)
+    more = any(change.effect in (resume.Effect.ENDING, resume.Effect.TRAINING) for change in changes)
+    return finished_outcome(folder) if runs.is_finished(folder) and not more else None
 
 
 def finished_outcome(folder: Path) -> Outcome:

@@ -17,12 +17,13 @@ from cvtrain import runs
 from cvtrain.audit import audit
 from cvtrain.command.handover import quoted, to_hydra
 from cvtrain.command.job import Outcome, execute
-from cvtrain.command.single import finished_outcome
+from cvtrain.command.single import settled
 from cvtrain.compose import Composer, group_choices, plain
 from cvtrain.core.files import to_json_line, write_json
 from cvtrain.errors import EXIT_BUG, EXIT_OK, ConfigError, CvtrainError, Interrupted
 from cvtrain.schema import validate
 
+SWEEP = "sweep.json"
 LONGEST_NAME = 120
 OMITTED = ("json", "resume", "trusted", "output_dir", "hydra.")
 
@@ -40,7 +41,8 @@ def run(composer: Composer, args: argparse.Namespace, parser: argparse.ArgumentP
     jobs = list(composer.jobs(args.overrides))
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
     folder = _sweep_folder(configs[0], args.overrides)
-    write_json(folder / "sweep.json", {"overrides": _identity(args.overrides)})
+    number = runs.read_json(folder / SWEEP).get("number") or runs.next_number(folder.parent, SWEEP)
+    write_json(folder / SWEEP, {"number": number, "overrides": _identity(args.overrides)})
     args.overrides += [quoted("hydra.sweep.dir", folder)]
     outcomes: dict[str, Outcome] = {}
     with contextlib.suppress(CvtrainError):  # told when it happened; the table and the exit code say it again
@@ -91,31 +93,30 @@ def _outcome(composed: DictConfig, folder: Path, trusted: list[str], announcemen
         config = plain(composed)
         audit(config, trusted)
         validate(config, trusted)
+        done = settled(folder, config)
     except CvtrainError as error:  # a combination that was not among the ones checked before the start
         return Outcome(run=str(folder), status="failed", exit_code=error.exit_code, error=error)
-    manifest = runs.read_json(folder / "manifest.json")
-    same = manifest.get("config_hash") == runs.config_hash(config)
-    if config["resume"] != "none" and same and runs.is_finished(folder):
-        return finished_outcome(folder)
+    if done is not None:
+        return done
     sys.stderr.write(f"{announcement}\n")
     return execute(config, folder, trusted, group_choices(HydraConfig.get().runtime.choices))
 
 
 def _identity(overrides: list[str]) -> list[str]:
-    return sorted(text for text in overrides if not text.startswith(("resume=", "json=")))
+    return sorted(text for text in overrides if not text.startswith(("resume=", "resume_allow=", "json=")))
 
 
 def _sweep_folder(config: dict[str, Any], overrides: list[str]) -> Path:
     parent = Path(config["output_dir"]) / str(config["name"] or "multirun")
     if config["resume"] not in ("none", "auto"):
         folder = Path(config["resume"]).absolute()
-        if runs.read_json(folder / "sweep.json").get("overrides") != _identity(overrides):
+        if runs.read_json(folder / SWEEP).get("overrides") != _identity(overrides):
             raise ConfigError(f"resume={config['resume']} is no sweep of this command; use resume=auto.")
         return folder
     if config["resume"] == "auto":
-        for folder in sorted(parent.glob("*"), reverse=True):
-            if runs.read_json(folder / "sweep.json").get("overrides") == _identity(overrides):
-                return folder.absolute()
+        for folder, sweep in runs.newest_first(parent, SWEEP):
+            if sweep.get("overrides") == _identity(overrides):
+                return folder
     return runs.create_folder(parent)
 
 
@@ -133,6 +134,6 @@ def _report(outcomes: dict[str, Outcome], folder: Path, as_json: bool, total: in
     good = len(outcomes) == total and all(outcome.exit_code == EXIT_OK for outcome in outcomes.values())
     code = EXIT_OK if good else EXIT_BUG
     line = {"run": str(folder), "status": "done" if good else "failed", "exit_code": code, "jobs": rows}
-    write_json(folder / "sweep.json", {**runs.read_json(folder / "sweep.json"), **line})
+    write_json(folder / SWEEP, {**runs.read_json(folder / SWEEP), **line})
     sys.stdout.write((to_json_line(line) if as_json else str(folder)) + "\n")
     return code
