@@ -1,4 +1,4 @@
-"""`cvtrain inspect what=aug`: pictures of what the augmentation does."""
+"""`cvtrain inspect`: what=aug draws what the augmentation does, what=lr finds the learning rate."""
 
 from __future__ import annotations
 
@@ -42,11 +42,19 @@ SEEN = 0.8
 
 
 def run(config: dict[str, Any], trusted: list[str]) -> int:
-    """Write the pictures and print their folder; return 0.
+    """Write what `config["what"]` asks for and print its folder; return 0.
 
     Raises:
         DataError: The data set cannot be read.
     """
+    if config["what"] == "lr":
+        from cvtrain.command import learning_rate
+
+        return learning_rate.run(config, trusted)
+    return _augmentation(config, trusted)
+
+
+def _augmentation(config: dict[str, Any], trusted: list[str]) -> int:
     attach_log(make_console(bool(config["json"])))
     builder = Builder({**config, "model": {}}, trusted)
     sets, _ = builder.data()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-log = logging.getLogger("cvtrain")
+from cvtrain.logger.lines import METRICS_FILE, JsonLines, read_metrics
+
+__all__ = ["METRICS_FILE", "JsonLines", "NoLogger", "TensorBoard", "read_metrics"]
 
 
 class NoLogger:
@@ -49,10 +50,10 @@ def _leave_writer_errors_to_the_caller() -> None:
         threading.excepthook = hook
 
 
-class TensorBoard(NoLogger):
-    """TensorBoard event files in the run folder.
+class TensorBoard(JsonLines):
+    """TensorBoard event files in the run folder, beside `metrics.jsonl`.
 
-    A full disk turns the writer off with one warning; training goes on.
+    A full disk turns a writer off with one warning; training goes on.
 
     Args:
         folder: The run folder.
@@ -61,6 +62,7 @@ class TensorBoard(NoLogger):
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None, images: int = 32) -> None:
+        super().__init__(folder, purge_step)
         from torch.utils.tensorboard import SummaryWriter
 
         self.images = images
@@ -70,6 +72,10 @@ class TensorBoard(NoLogger):
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Log each value under its name."""
+        super().scalars(values, step)
+        self._add_scalars(values, step)
+
+    def _add_scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             self._try(lambda n=name, v=value: self._writer and self._writer.add_scalar(n, v, step))  # type: ignore[misc]
 
@@ -101,19 +107,17 @@ class TensorBoard(NoLogger):
         }
         for summary in hparams(plain, metrics):  # type: ignore[no-untyped-call]
             self._try(lambda s=summary: self._writer and self._writer.file_writer.add_summary(s))  # type: ignore[misc]
-        self.scalars(metrics, 0)
+        self._add_scalars(metrics, 0)
 
     def flush(self) -> None:
         """Bring everything to the disk."""
+        super().flush()
         self._try(lambda: self._writer and self._writer.flush())
 
     def close(self) -> None:
         """Finish the event file."""
+        super().close()
         self._try(lambda: self._writer and self._writer.close())
 
     def _try(self, write: Callable[[], object]) -> None:
-        try:
-            write()
-        except OSError as error:
-            self._writer = None
-            log.warning("TensorBoard is off for the rest of this run: %s", error)
+        self._guarded("TensorBoard", write, lambda: setattr(self, "_writer", None))

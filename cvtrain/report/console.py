@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import statistics
 import time
 from collections.abc import Collection, Sequence
@@ -14,7 +16,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+log = logging.getLogger("cvtrain")
+
 REFRESH_SECONDS = 0.25
+DRAWING_SHARE = 0.01
+"""Share of the time that drawing the bar may take: on a busy machine one drawing takes 20 ms."""
 
 
 def make_console(json_output: bool) -> Console:
@@ -48,62 +54,118 @@ def attach_log(console: Console) -> None:
 
 
 class Progressing:
-    """Live bar with loss, accuracy, learning rate, images/s and the time left; one line an epoch stays."""
+    """Live bar with loss, accuracy, learning rate, images/s and the time left; one line an epoch stays.
+
+    A step costs it a look at the clock. The bar is drawn a few times a second, here and not by a thread, whose drawing
+    would hold the training up; its numbers are those that the loop has last read from the device.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._progress: Progress | None = None
         self._task: Any = None
-        self._shown_at = 0.0
+        self._draw_at = math.inf
         self._epoch_began = (0.0, 0)
+        self._last_step = 0.0
+        self._skipped = 0
+        self._noticed = False
 
     def begin(self, run: Any) -> None:  # noqa: ANN401 - engine.TrainRun, a sibling's type
         """Start the bar."""
         heads = ("train loss", 10), ("acc", 7), ("val loss", 9), ("acc", 7), ("lr", 9), ("images/s", 9)
         self.console.print(f"{'epoch':>7} " + " ".join(f"{head:>{width}}" for head, width in heads), style="bold")
+        self._skipped = getattr(run.precision, "skipped", 0)
+        self._last_step = time.monotonic()
+        self._epoch_began = (self._last_step, run.state.images)
+        if not self.console.is_terminal:
+            return
         self._progress = Progress(
             *(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24)),
             *(TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(compact=True), TextColumn("left")),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            auto_refresh=False,
         )
         total = run.options.epochs * run.steps_per_epoch
         self._task = self._progress.add_task("warming up", total=total, completed=run.state.step)
-        self._epoch_began = (time.monotonic(), run.state.images)
         self._progress.start()
+        self._draw_at = 0.0
 
     def step(self, run: Any) -> None:  # noqa: ANN401
-        """Refresh a few times a second; only then are the numbers copied from the device."""
-        now = time.monotonic()
-        if self._progress is None or not self.console.is_terminal or now - self._shown_at < REFRESH_SECONDS:
+        """Draw the bar when it is time."""
+        self._last_step = now = time.monotonic()
+        if now < self._draw_at or self._progress is None:
             return
-        self._shown_at = now
-        means, lr = run.state.means(), run.optimizer.param_groups[0]["lr"]
+        means = run.state.means(run.state.logged) if any(run.state.logged) else {}
+        numbers = "  ".join(f"{name} {means[f'train/{name}']:.3f}" for name in ("loss", "acc") if means)
         text = (
-            f"epoch {run.state.epoch + 1}/{run.options.epochs}  loss {means['train/loss']:.3f}  "
-            f"acc {means['train/acc']:.3f}  lr {lr:.2e}  {self._rate(run):,.0f} images/s"
+            f"epoch {run.state.epoch + 1}/{run.options.epochs}  {numbers}{'  ' * bool(means)}"
+            f"lr {run.optimizer.param_groups[0]['lr']:.2e}  {self._rate(run):,.0f} images/s"
         )
         self._progress.update(self._task, completed=run.state.step, description=text)
+        self._progress.refresh()
+        self._draw_at = now + max(REFRESH_SECONDS, (time.monotonic() - now) / DRAWING_SHARE)
 
     def end_epoch(self, run: Any, row: dict[str, float], improved: bool) -> None:  # noqa: ANN401
-        """Print the epoch's line."""
+        """Print the epoch's line, and once, behind the first epoch, what the run waits for."""
         mark = "[green]  best[/green]" if improved else ""
+        total = getattr(run.precision, "skipped", 0)
+        skipped, self._skipped = total - self._skipped, total
+        if skipped:
+            mark += f"[yellow]  {skipped} step{'s' * (skipped > 1)} skipped (fp16 overflow)[/yellow]"
         self.console.print(
             f"{run.state.epoch:>3}/{run.options.epochs:<3} {row['train/loss']:>10.4f} {row['train/acc']:>7.4f}"
             f" {row['val/loss']:>9.4f} {row['val/acc']:>7.4f} {row['lr']:>9.2e} {self._rate(run):>9,.0f}{mark}"
         )
+        if not self._noticed:
+            self._noticed = True
+            notice = data_bound_notice(run.state.waited / max(1e-9, self._last_step - self._epoch_began[0]), run.loader)
+            if notice:
+                log.warning(notice)
         self._epoch_began = (time.monotonic(), run.state.images)
 
     def _rate(self, run: Any) -> float:  # noqa: ANN401
         began, images = self._epoch_began
-        return float(run.state.images - images) / max(1e-9, time.monotonic() - began)
+        return float(run.state.images - images) / max(1e-9, self._last_step - began)
 
     def end(self) -> None:
         """Take the bar away."""
+        self._draw_at = math.inf
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+WAITING = 0.3
+"""Share of the training time spent waiting for data, from which the run says so."""
+
+
+def data_bound_notice(wait_share: float, loader: Any) -> str | None:  # noqa: ANN401 - data.Loader, or another
+    """Return a sentence with the fix when a run waits for data more than 30 % of its time, else None.
+
+    Args:
+        wait_share: Time in which no batch was there, by the time of the epoch's steps, 0..1.
+        loader: Tells its `mode` and `config`, where it has them.
+    """
+    if wait_share <= WAITING:
+        return None
+    config, mode = getattr(loader, "config", None), getattr(loader, "mode", "host")
+    workers, cores = getattr(config, "workers", 0), usable_cores()
+    in_memory = hasattr(getattr(getattr(loader, "sets", None), "train", None), "nbytes")
+    fixes = []
+    if mode == "host" and in_memory:
+        fixes.append("loader=device holds the pictures in memory and needs no workers")
+    if mode == "host" and not in_memory:
+        fixes.append("data.cache=disk decodes each picture once")
+    if mode == "host" and workers < cores:
+        fixes.append(f"workers={cores} uses all cores")
+    fixes.append("a smaller img_size reads less")
+    return f"data-bound: {100 * wait_share:.0f} % of the training time is spent waiting for data; {', '.join(fixes)}."
+
+
+def usable_cores() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 HISTOGRAM_CLASSES = 20

@@ -118,3 +118,70 @@ def artifacts(rows: Sequence[Any], path: Path) -> None:
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
+
+
+def lr_range(
+    lrs: NDArray[np.float64], losses: NDArray[np.float64], smoothed: NDArray[np.float64], suggestion: float, path: Path
+) -> None:
+    """Draw a learning-rate range test: losses and their smoothed curve `(n,)` against the rate, the suggestion on it.
+
+    Args:
+        lrs: Rates, ascending.
+        losses: Of each step.
+        smoothed: Their running mean.
+        suggestion: The rate to mark.
+        path: The file.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(lrs, losses, color=TRAIN, lw=1, alpha=0.35, label="loss of a step")
+    axis.plot(lrs, smoothed, color=TRAIN, lw=2, label="smoothed")
+    axis.axvline(suggestion, color=VAL, lw=1.5, label=f"suggested: optimizer.lr={suggestion:g}")
+    start, low = float(smoothed[0]), float(smoothed.min())
+    spread = max(start - low, 0.05 * abs(start))
+    axis.set_ylim(low - 0.15 * spread, start + 0.6 * spread)  # the last steps, which diverge, would flatten the rest
+    axis.set_xscale("log")
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel("training loss")
+    axis.legend(frameon=False, loc="lower left")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def learning_rate(
+    rates: Sequence[float], steps_per_epoch: float, path: Path, title: str = "learning rate", phases: Sequence[Any] = ()
+) -> NDArray[np.uint8]:
+    """Draw the rate of every step of a run against the epoch; return the picture `(H, W, 3)`.
+
+    Args:
+        rates: One for each optimizer step, or for every so manieth.
+        steps_per_epoch: Of these in an epoch.
+        path: The file.
+        title: What the curve is: a schedule's `caption`.
+        phases: resizing.Phase, marked where there are several.
+    """
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axis = figure.subplots()
+    steps = np.arange(len(rates) + 1) / steps_per_epoch
+    axis.stairs(rates, steps, color=TRAIN, lw=1.8, baseline=None)
+    highest = int(np.argmax(rates))
+    for name, at, colour in (("starts at", 0, INK), ("highest", highest, VAL), ("ends at", len(rates) - 1, TRAIN)):
+        label = f"{name} {rates[at]:.3g}, epoch {steps[at]:.3g}"
+        axis.plot(steps[at], rates[at], "o", color=colour, ms=5, label=label)
+    if len(phases) > 1:
+        for phase in phases:
+            axis.axvline(phase.first, color=INK, lw=0.8, ls=":")
+            axis.text(
+                *(phase.first, 1.0, f" {phase.name}, {phase.img_size} px"),
+                transform=axis.get_xaxis_transform(),
+                fontsize=8,
+                va="top",
+            )
+    axis.set_ylim(0, 1.12 * max(rates))
+    axis.set_xlabel("epoch")
+    axis.set_title(title, fontsize=10)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)

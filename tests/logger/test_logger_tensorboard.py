@@ -15,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from cvtrain.logger import NoLogger, TensorBoard
+from cvtrain.logger import JsonLines, NoLogger, TensorBoard
 
 OPTIONS = sorted((Path(__file__).resolve().parents[2] / "configs" / "logger").glob("*.yaml"))
 
@@ -109,7 +109,7 @@ def test_a_resumed_run_shows_each_step_once(tmp_path):
     for step in (1, 2, 3, 4):
         first.scalars({"a": 1.0}, step)
     first.close()
-    (file,) = tmp_path.iterdir()  # TensorBoard reads the files by their names' time, in seconds
+    (file,) = tmp_path.glob("events*")  # TensorBoard reads the files by their names' time, in seconds
     time = file.name.split(".")[3]
     file.rename(tmp_path / file.name.replace(time, str(int(time) - 60)))
     again = TensorBoard(tmp_path, purge_step=3)
@@ -126,8 +126,9 @@ def test_a_full_disk_turns_the_writer_off_with_one_warning_and_training_goes_on(
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line for line in lines if line.startswith("WARNING")] == [
-        "WARNING TensorBoard is off for the rest of this run: [Errno 27] File too large"
+    assert sorted(line for line in lines if line.startswith("WARNING")) == [
+        "WARNING TensorBoard is off for the rest of this run: [Errno 27] File too large",
+        "WARNING metrics.jsonl is off for the rest of this run: [Errno 27] File too large",
     ]
     assert lines[-1] == "training went on"
     assert "Traceback" not in done.stderr
@@ -143,8 +144,10 @@ def test_a_folder_that_cannot_be_written_turns_the_writer_off_with_one_warning(t
     logger.hparams({"a": 1}, {"b": 1.0})
     logger.flush()
     logger.close()
-    assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith("TensorBoard is off for the rest of this run:")
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        "metrics.jsonl is off for the rest of this run",
+        "TensorBoard is off for the rest of this run",
+    ]
 
 
 def test_no_logger_writes_nothing(tmp_path, monkeypatch):
@@ -160,9 +163,11 @@ def test_no_logger_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_every_logger_option_builds_what_it_names(tmp_path):
-    assert [path.stem for path in OPTIONS] == ["none", "tensorboard"]
-    assert type(instantiate(OmegaConf.load(OPTIONS[0]))) is NoLogger
-    logger = instantiate(OmegaConf.load(OPTIONS[1]), folder=tmp_path)
+    assert [path.stem for path in OPTIONS] == ["jsonl", "none", "tensorboard"]
+    lines = instantiate(OmegaConf.load(OPTIONS[0]), folder=tmp_path / "lines")
+    assert type(lines) is JsonLines
+    assert type(instantiate(OmegaConf.load(OPTIONS[1]))) is NoLogger
+    logger = instantiate(OmegaConf.load(OPTIONS[2]), folder=tmp_path)
     assert type(logger) is TensorBoard
     assert logger.images == 32
     logger.close()
