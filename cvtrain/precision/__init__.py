@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import logging
-import statistics
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +26,14 @@ MAX_SKIPPED = 20
 """fp16 steps in a row that the scaler may skip; it never gives up by itself."""
 
 
+PROBE_ROUNDS = 12
+"""Rounds of a probe at most: the first does not count."""
+PROBE_SECONDS = 1.0
+"""After this long a probe ends, but not before its second round unless the first took five times as long."""
+WORTHWHILE = 1.05
+"""How many times the speed of float32 a format needs to be chosen; less is noise."""
+
+
 class Precision:
     """float32 throughout; subclasses change the autocast type and the scaler."""
 
@@ -35,12 +45,16 @@ class Precision:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
-        self.skipped_in_a_row = 0
+        self._skipped = torch.zeros(())
+        self._skipped_in_a_row = torch.zeros(())
+        self._told = 0
 
     def setup(self, device: torch.device, model: nn.Module, loss: Loss) -> None:
         """Settle the format for `device`; `model` and `loss` are for a probe and are left as they were."""
         self.device = device
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.scaled)
+        self._skipped = torch.zeros((), device=device)
+        self._skipped_in_a_row = torch.zeros((), device=device)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which forward passes run."""
@@ -50,28 +64,80 @@ class Precision:
         """Accumulate gradients of `loss`, scaled where the format needs it."""
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
-    def step(self, optimizer: torch.optim.Optimizer, clip_grad_norm: float | None) -> Tensor | None:
-        """Take the optimizer's step, clipping first; return the gradient norm when clipping measured it.
+    def clip(self, optimizer: torch.optim.Optimizer, norm: float | None, value: float | None) -> Tensor:
+        """Make the gradients ready for the step, clipped first by value, then by norm.
 
-        Under fp16 the norm may be infinite: the scaler then skips the step and lowers its scale.
+        Args:
+            optimizer: Its parameters' gradients are accumulated.
+            norm: Largest L2 norm over all parameters; None: any.
+            value: Largest magnitude of one number; None: any.
+
+        Returns:
+            The L2 norm before it was clipped, a float32 scalar on the device. An overflow of fp16 counts as 0: the
+            scaler skips that step and lowers its scale.
         """
-        norm = None
-        if clip_grad_norm is not None:
-            self.scaler.unscale_(optimizer)
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
-        before = self.scaler.get_scale() if self.scaled else 1.0
-        self.scaler.step(optimizer)
-        self.scaler.update()
         if self.scaled:
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.scaler.get_scale() < before else 0
-            if self.skipped_in_a_row > MAX_SKIPPED:
-                raise DivergedError(
-                    f"fp16: {MAX_SKIPPED} steps in a row overflowed and were skipped; the last checkpoint "
-                    f"is from before.\n"
-                    "Lower optimizer.lr, set clip_grad_norm=1.0, or use precision=bf16 or precision=fp32."
-                )
-        return norm
+            self.scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if value is not None:
+            nn.utils.clip_grad_value_(parameters, value)
+        norms = torch._foreach_norm([p.grad for p in parameters])
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        if norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, norm, total)
+        return total.nan_to_num(0.0, 0.0) if self.scaled else total
+
+    def step(self, optimizer: torch.optim.Optimizer, halt: Tensor) -> None:
+        """Take the optimizer's step, unless `halt` is 1.
+
+        Fused optimizers see for themselves on the device; for the others the flag is copied to the host.
+
+        Args:
+            optimizer: Its gradients are ready.
+            halt: float32 scalar on the device.
+        """
+        _begin_momentum(optimizer)
+        if self.scaled:
+            before = self._scale().clone()
+            self.scaler.step(optimizer)
+            self.scaler.update()
+            skipped = (self._scale() < before).float()
+            self._skipped_in_a_row = (self._skipped_in_a_row + skipped) * skipped
+            self._skipped = self._skipped + skipped
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):
+            vars(optimizer).update(found_inf=halt, grad_scale=None)
+            optimizer.step()
+        elif not bool(halt):
+            optimizer.step()
+
+    def _scale(self) -> Tensor:
+        scale = self.scaler._get_scale_async()
+        return scale if isinstance(scale, Tensor) else torch.ones((), device=self.device)
+
+    def check(self) -> None:
+        """See whether the scaler still finds a scale, and tell what it skipped; waits for the device.
+
+        Raises:
+            DivergedError: More than 20 steps in a row overflowed.
+        """
+        if not self.scaled:
+            return
+        if self.skipped > self._told:
+            self._told = self.skipped
+            log.info(
+                "precision: fp16 has skipped %d steps whose gradients overflowed, and tries smaller scales", self._told
+            )
+        if int(self._skipped_in_a_row) > MAX_SKIPPED:
+            raise DivergedError(
+                f"fp16: more than {MAX_SKIPPED} steps in a row overflowed and were skipped; the last checkpoint "
+                f"is from before.\n"
+                "Lower optimizer.lr, set clip_grad_norm=1.0, or use precision=bf16 or precision=fp32."
+            )
+
+    @property
+    def skipped(self) -> int:
+        """Return how many steps the scaler has skipped; waits for the device."""
+        return int(self._skipped)
 
     def describe(self) -> str:
         """Return the format in use, as it is stored and shown."""
@@ -79,7 +145,10 @@ class Precision:
 
     def state(self) -> dict[str, object]:
         """Return what a resume needs: the format a probe chose, and the scaler."""
-        return {"format": self.describe(), "scaler": dict(self.scaler.state_dict()) if self.scaled else {}}
+        if not self.scaled:
+            return {"format": self.describe(), "scaler": {}}
+        skipped = [self.skipped, int(self._skipped_in_a_row)]
+        return {"format": self.describe(), "scaler": dict(self.scaler.state_dict()), "skipped": skipped}
 
     def load_state(self, state: dict[str, object]) -> None:
         """Take back `state`, so that a resumed run computes in the same format."""
@@ -88,6 +157,12 @@ class Precision:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaled)
         if self.scaled and isinstance(state["scaler"], dict):
             self.scaler.load_state_dict(state["scaler"])
+        skipped = state.get("skipped")
+        if isinstance(skipped, list):
+            total, in_a_row = skipped
+            self._skipped = torch.tensor(float(total), device=self.device)
+            self._skipped_in_a_row = torch.tensor(float(in_a_row), device=self.device)
+            self._told = int(total)
 
 
 class Fp32(Precision):
@@ -155,7 +230,8 @@ class Amp(Precision):
             log.info("precision: amp stays with float32: %s", reason)
         elif self.probe and device.type == "cpu":
             ratio = self._speedup(model, loss)
-            if ratio < 1.0:
+            _return_freed_memory()
+            if ratio < WORTHWHILE:
                 log.info(
                     "precision: amp stays with float32: %s (%s) runs this model at %.2f× its speed",
                     self.describe(),
@@ -178,21 +254,45 @@ class Amp(Precision):
                 " with a gradient scaler" if self.scaled else "",
             )
 
-    def _speedup(self, model: nn.Module, loss: Loss, rounds: int = 3) -> float:
-        """Return how many times faster than float32 a forward and backward pass is, median of interleaved rounds."""
+    def _speedup(self, model: nn.Module, loss: Loss) -> float:
+        """Return how many times faster than float32 a forward and backward pass is.
+
+        Compared are the fastest of interleaved rounds: other work on the machine only ever adds time.
+        """
         trial = copy.deepcopy(model).train()
-        times: dict[bool, list[float]] = {False: [], True: []}
-        for i in range(rounds + 1):
+        fastest = {False: math.inf, True: math.inf}
+        began = time.perf_counter()
+        for i in range(PROBE_ROUNDS):
             for low in (False, True):
                 start = time.perf_counter()
                 with self.autocast() if low else nullcontext():
                     value = loss(trial)
                 value.backward()  # type: ignore[no-untyped-call]
-                if i:  # the first round pays for compilation of the kernels
-                    times[low].append(time.perf_counter() - start)
-            if times[True] and times[True][-1] > 2 * times[False][-1]:
-                break  # far slower: no need to suffer more rounds of it
-        return statistics.median(times[False]) / statistics.median(times[True])
+                seconds = time.perf_counter() - start
+                # The first round pays for the making of kernels, which only steps that take long hide.
+                fastest[low] = seconds if i < 2 else min(fastest[low], seconds)
+            elapsed = time.perf_counter() - began
+            if elapsed > PROBE_SECONDS * (1 if i else 5):
+                break
+        return fastest[False] / fastest[True]
+
+
+def _return_freed_memory() -> None:
+    """Give the system back what a probe has freed; glibc would keep it, hundreds of MB, in pieces that fit nothing."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give SGD zeros to begin with: its fused step, told to skip the first update, goes on with unwritten memory."""
+    groups = optimizer.param_groups
+    if not isinstance(optimizer, torch.optim.SGD) or len(optimizer.state) == sum(len(g["params"]) for g in groups):
+        return
+    for group in groups:
+        if group["fused"] and group["momentum"] and not group["dampening"]:  # which halves of nothing would not equal
+            for p in group["params"]:
+                if "momentum_buffer" not in optimizer.state[p]:
+                    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 _BY_NAME: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import platform
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,11 +31,16 @@ class Row:
 
 def arguments(description: str) -> argparse.Namespace:
     """Return the command line of every benchmark: `--quick`, `--json FILE` and `--only TEXT`."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="small and rough, to see that it works")
-    parser.add_argument("--json", type=Path, help="write the rows, the hardware and the versions to this file")
-    parser.add_argument("--only", default="", help="run only the cases whose name contains this")
-    return parser.parse_args()
+    return parser(description).parse_args()
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return what reads that command line, for a benchmark that adds to it."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--quick", action="store_true", help="small and rough, to see that it works")
+    made.add_argument("--json", type=Path, help="write the rows, the hardware and the versions to this file")
+    made.add_argument("--only", default="", help="run only the cases whose name contains this")
+    return made
 
 
 def interleaved(passes: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -142,7 +148,8 @@ def hardware() -> dict[str, object]:
 
 def versions() -> dict[str, str]:
     """Return the versions of what was measured."""
-    names = ("cvtrain", "torch", "torchvision", "numpy", "pillow")
+    names = ["cvtrain", "torch", "torchvision", "numpy", "pillow"]
+    names += [name for name in ("timm", "lightning") if name in sys.modules]
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
