@@ -18,7 +18,8 @@ from cvtrain.catalog import shipped_targets
 from cvtrain.core import distributed
 from cvtrain.core.types import CropChooser, DataSets, Preprocess
 from cvtrain.data.loader import Loader, LoaderConfig
-from cvtrain.engine.run import Task, TrainOptions
+from cvtrain.distillation import Teacher
+from cvtrain.engine.run import Distillation, Task, TrainOptions
 from cvtrain.errors import ConfigError, CvtrainError, did_you_mean
 from cvtrain.loss import class_weights
 from cvtrain.optimizer import param_groups
@@ -192,6 +193,13 @@ class Builder:
                 raise ConfigError(f"optimizer: {node['_target_']} refuses its settings: {error}") from error
         return optimizer
 
+    def distillation(self, task: Task, teacher: Teacher | None) -> Distillation:
+        """Build what a teacher adds to the objective; `distillation.teacher`, its place, has become `teacher`."""
+        node = {key: value for key, value in self.config["distillation"].items() if key != "teacher"}
+        runtime = {} if teacher is None else {"teacher": teacher, "multilabel": task.multilabel}
+        distillation: Distillation = self.build("distillation", node, **runtime)
+        return distillation
+
     def options(self, rank: int) -> TrainOptions:
         """Return the loop's plain settings."""
         config = self.config
@@ -201,6 +209,10 @@ class Builder:
             base_lr=float(config["optimizer"]["lr"]),
             grad_accum_steps=config["grad_accum_steps"],
             clip_grad_norm=config["clip_grad_norm"],
+            clip_grad_value=config["clip_grad_value"],
+            on_nan=config["on_nan"],
+            on_oom=config["on_oom"],
+            log_every_steps=config["log_every_steps"],
             channels_last=config["channels_last"],
             save_every_steps=config["save_every_steps"],
             limit_train_batches=config["limit_train_batches"],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 _TARGET = re.compile(r"_target_:\s*['\"]?([\w.]+)")
 _KEY = re.compile(r"^(\w+):\s*([^#]*?)\s*(?:#\s*(.*))?$")
+_TAKES_TRAIN = re.compile(r"^\s+- train$", re.MULTILINE)
 
 
 def config_folder() -> Path:
@@ -42,17 +43,20 @@ def defaults(verb: str = "train") -> dict[str, str]:
     """Return the option, or the list of options, that each group of a verb has in its YAML; empty without groups."""
     block = (config_folder() / f"{verb}.yaml").read_text().partition("defaults:\n")[2].split("\n\n", 1)[0]
     pairs = re.findall(r"^\s+- (\w+):\s*([^#\n]+)", block, flags=re.MULTILINE)
-    return {group: option.strip() for group, option in pairs}
+    below = defaults() if _TAKES_TRAIN.search(block) else {}
+    return below | {group: option.strip() for group, option in pairs}
 
 
 def keys(verb: str) -> list[tuple[str, str, str]]:
-    """Return name, default and comment of each plain key at the top of a verb's YAML."""
+    """Return name, default and comment of each plain key at the top of a verb's YAML, and of `train` where it is in."""
     found: list[tuple[str, str, str]] = []
-    for line in (config_folder() / f"{verb}.yaml").read_text().splitlines():
+    content = (config_folder() / f"{verb}.yaml").read_text()
+    for line in content.splitlines():
         match = _KEY.match(line)
         if match and match[1] not in ("defaults", "hydra"):
             found.append((match[1], match[2], match[3] or ""))
-    return found
+    own = {name for name, _, _ in found}
+    return found + [key for key in (keys("train") if _TAKES_TRAIN.search(content) else []) if key[0] not in own]
 
 
 def shipped_targets() -> frozenset[str]:

@@ -5,22 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cvtrain import catalog, helptext
+from cvtrain.core import launch
 from cvtrain.errors import EXIT_OK, EXIT_SIGINT, ConfigError, CvtrainError, did_you_mean
 
 if TYPE_CHECKING:
     from cvtrain.compose import Composer
 
-PATHS = ("run", "resume", "weights", "source", "output")
+LAST_TO_SPEAK_S = 5.0
+PATHS = ("run", "resume", "weights", "source", "output", "distillation.teacher")
 
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
     # Threads that spin while they wait make a small model 10 to 15 times slower as soon as anything else runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if launch.world_size() > 1:  # else each process says what each knows of gradients and host names
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         code = run(sys.argv[1:])
     except CvtrainError as error:
@@ -111,6 +116,9 @@ def _hydra(verb: str, argv: list[str]) -> int:
         return _show(composer, args, parser, verb, trusted)
     if args.multirun and verb != "train":
         raise ConfigError(f"-m sweeps trainings; cvtrain {verb} takes one run at a time: leave -m out.")
+    if launch.world_size() > 1 and (verb != "train" or args.multirun):
+        what = "a sweep (-m)" if args.multirun else f"cvtrain {verb}"
+        raise ConfigError(f"{what} runs in one process; start it without torchrun.")
     swept = any(override.is_sweep_override() for override in overrides)
     if swept and not args.multirun:
         raise ConfigError("several values for one key start a multirun: add -m. For a list write key=[a,b].")
@@ -159,4 +167,6 @@ def _quoted_path(override: str) -> str:
 
 
 def _print_error(message: str) -> None:
+    if launch.rank() > 0:  # the first process says the same, and torchrun then ends this one
+        time.sleep(LAST_TO_SPEAK_S)
     sys.stderr.write(f"cvtrain: {message}\n")

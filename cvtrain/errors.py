@@ -48,9 +48,19 @@ class WeightsError(CvtrainError):
 
 
 class DivergedError(CvtrainError):
-    """The loss or the weights became NaN or infinite."""
+    """The loss or the weights became NaN or infinite.
+
+    Args:
+        message: What happened, and what to do.
+        step: The first optimizer step of which this is so; None when it is not known.
+        batch: Its first micro-batch within the epoch.
+    """
 
     exit_code = 5
+
+    def __init__(self, message: str, step: int | None = None, batch: int = 0) -> None:
+        super().__init__(message)
+        self.step, self.batch = step, batch
 
 
 class StorageError(CvtrainError):

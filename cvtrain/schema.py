@@ -24,9 +24,22 @@ METRICS = {
     "val/map": "max",
     "val/top5": "max",
     "train/acc": "max",
+    "train/grad_norm": "min",
     "train/loss": "min",
 }
 """Metrics that can be monitored, and whether more or less is better."""
+
+ONE_CLASS = {
+    "cvtrain.loss.CrossEntropy": ("cross_entropy", "bce"),
+    "cvtrain.loss.Focal": ("focal", "focal_bce"),
+}
+"""Losses of one class a picture: their option, and the one for several labels."""
+
+ANY_LABELS = {
+    "cvtrain.loss.BinaryCrossEntropy": ("bce", "cross_entropy"),
+    "cvtrain.loss.FocalBinaryCrossEntropy": ("focal_bce", "focal"),
+}
+"""Losses of any number of labels a picture: their option, and the one for one class."""
 
 REMOVABLE = ("data.aug_overrides.", "aug.sample.", "aug.batch.", "resizing.phases.")
 """Where null leaves a whole entry out."""
@@ -134,10 +147,17 @@ RULES: dict[str, Rule] = {
     "batch_size": COUNT,
     "grad_accum_steps": COUNT,
     "clip_grad_norm": Rule("float", low=0, above=True, optional=True),
+    "clip_grad_value": Rule("float", low=0, above=True, optional=True),
+    "on_nan": Rule("str", choices=("stop", "skip")),
+    "on_oom": Rule("str", choices=("stop", "microbatch")),
+    "compile": FLAG,
+    "log_every_steps": COUNT,
     "img_size": COUNT_OR_NULL,
     "seed": SEED,
     "device": TEXT,
     "channels_last": FLAG,
+    "sync_batchnorm": FLAG,
+    "dist_timeout_s": Rule("float", low=5),
     "threads": COUNT_OR_NULL,
     "loader": Rule("str", choices=("auto", "device", "host")),
     "workers": WHOLE,
@@ -149,9 +169,13 @@ RULES: dict[str, Rule] = {
     "class_weights": Rule("str", choices=("none", "balanced", "effective")),
     "max_time": TEXT_OR_NULL,
     "save_every_steps": COUNT_OR_NULL,
+    "profile": FLAG,
+    "log_gradients": FLAG,
+    "overfit_batch": FLAG,
     "limit_train_batches": COUNT_OR_NULL,
     "limit_eval_batches": COUNT_OR_NULL,
     "resume": TEXT,
+    "resume_allow": Rule("list", item=TEXT),
     "trusted": Rule("list", item=TEXT),
     "json": FLAG,
     # model
@@ -209,7 +233,9 @@ RULES: dict[str, Rule] = {
     "severity": Rule("int", low=1, high=10),
     "mixture_width": Rule("int", low=1, high=10),
     "transforms": Rule("list"),  # Albumentations checks what stands in it
-    # regularizer, optimizer, scheduler, precision
+    # loss, regularizer, optimizer, scheduler, precision
+    "focal_gamma": NOT_NEGATIVE,
+    "focal_alpha": Rule("float", low=0, high=1, optional=True),
     "label_smoothing": SHARE_BELOW_1,
     "drop_prob": SHARE_BELOW_1,
     "lr": POSITIVE,
@@ -221,12 +247,23 @@ RULES: dict[str, Rule] = {
     "warmup_epochs": NOT_NEGATIVE,
     "step_epochs": COUNT,
     "gamma": Rule("float", low=0, high=1, above=True),
+    "milestones_epochs": Rule("list", item=COUNT),
+    "restart_epochs": COUNT,
+    "restart_factor": COUNT,
+    "power": POSITIVE,
     "min_lr": NOT_NEGATIVE,
     "plateau_epochs": WHOLE,
     "pct_start": Rule("float", low=0, high=1, above=True, below=True),
     "div_factor": POSITIVE,
     "final_div_factor": POSITIVE,
     "probe": FLAG,
+    # averaging, distillation
+    "decay": SHARE_BELOW_1,
+    "every_steps": COUNT,
+    "start": SHARE_BELOW_1,
+    "teacher": TEXT_OR_NULL,
+    "temperature": POSITIVE,
+    "teacher_weight": SHARE,
     # compression, export, logger
     "sparsity": Rule("float", low=0, high=1, above=True, below=True),
     "importance": Rule("str", choices=("l1", "random")),
@@ -242,7 +279,8 @@ RULES: dict[str, Rule] = {
     # check
     "near": Rule("float", low=1, optional=True),
     # predict and the verbs on a finished run
-    "what": Rule("str", choices=("aug",)),
+    "what": Rule("str", choices=("aug", "lr")),
+    "steps": Rule("int", low=20),
     "run": TEXT_OR_NULL,
     "weights": TEXT_OR_NULL,
     "source": Rule("str", optional=True),
@@ -346,12 +384,20 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _task_contradictions(config: dict[str, Any]) -> Iterator[str]:
-    pair = (config["task"].get("_target_"), config["loss"].get("_target_"))
-    if pair == ("cvtrain.task.Multilabel", "cvtrain.loss.CrossEntropy"):
-        yield "task=multilabel and loss=cross_entropy: cross entropy knows one class a picture; use loss=bce"
-    if pair == ("cvtrain.task.Classification", "cvtrain.loss.BinaryCrossEntropy"):
+    task, loss = config["task"].get("_target_"), config["loss"].get("_target_", "")
+    distillation = config.get("distillation", {})
+    if distillation.get("teacher", "") is None:
         yield (
-            "task=classification and loss=bce: a picture has one class; use loss=cross_entropy, or task=multilabel "
+            "distillation=kd has no teacher; give distillation.teacher=FOLDER, the folder of a finished run, or a "
+            "model.safetensors"
+        )
+    if task == "cvtrain.task.Multilabel" and loss in ONE_CLASS:
+        name, instead = ONE_CLASS[loss]
+        yield f"task=multilabel and loss={name}: this loss knows one class a picture; use loss={instead}"
+    if task == "cvtrain.task.Classification" and loss in ANY_LABELS:
+        name, instead = ANY_LABELS[loss]
+        yield (
+            f"task=classification and loss={name}: a picture has one class; use loss={instead}, or task=multilabel "
             "for data with several labels"
         )
     if config.get("sampler") == "balanced" and config.get("class_weights", "none") != "none":

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cvtrain.averaging import NoAveraging
 from cvtrain.build import Builder, lay_out
 from cvtrain.compression import run_steps
 from cvtrain.core import weights
@@ -146,8 +147,10 @@ def _finetune(builder: Builder, run: TrainRun, model: nn.Module, epochs: int) ->
         checkpoints=NoCheckpoints(),
         tracker=NoLogger(),
         display=Silent(),
-        state=TrainState.new(run.device),
+        state=TrainState.new(run.device, run.state.terms),
         resizing=Constant(epochs, run.preprocess.img_size),
+        averaging=NoAveraging(),
+        wrapped=None,
     )
     fit(inner)
     lay_out(model, torch.device("cpu"), channels_last=False).eval()

@@ -7,13 +7,14 @@ import errno
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cvtrain import runs
-from cvtrain.core.files import storage_error, to_json_line
-from cvtrain.errors import EXIT_SIGINT, CvtrainError, Interrupted, OutOfMemoryError
+from cvtrain.core.files import storage_error, sweep, to_json_line
+from cvtrain.errors import EXIT_SIGINT, CvtrainError, Interrupted, OutOfMemoryError, WorkerError
 
 STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
@@ -41,7 +42,13 @@ class Outcome:
         return to_json_line(plain)
 
 
-def execute(config: dict[str, Any], folder: Path, trusted: list[str], choices: dict[str, str]) -> Outcome:
+def execute(
+    config: dict[str, Any],
+    folder: Path,
+    trusted: list[str],
+    choices: dict[str, str],
+    explained: Callable[[BaseException], BaseException] = lambda error: error,
+) -> Outcome:
     """Train by `config` in `folder`; every failure becomes an outcome and a status.json.
 
     Args:
@@ -49,20 +56,28 @@ def execute(config: dict[str, Any], folder: Path, trusted: list[str], choices: d
         folder: The run folder; exists.
         trusted: The user's own packages.
         choices: Which option each group has.
+        explained: Maps an exception to the one that it is a consequence of.
     """
     started = time.monotonic()
     outcome = Outcome(run=str(folder), status="failed", exit_code=1)
     try:
         with runs.locked(folder):
-            outcome = _execute_locked(config, folder, trusted, choices)
+            outcome = _execute_locked(config, folder, trusted, choices, explained)
     except CvtrainError as error:  # the lock, or a disk on which not even the status can be written
         outcome.status, outcome.exit_code, outcome.error = runs.ending(error)[0], error.exit_code, error
     outcome.seconds = time.monotonic() - started
     return outcome
 
 
-def _execute_locked(config: dict[str, Any], folder: Path, trusted: list[str], choices: dict[str, str]) -> Outcome:
+def _execute_locked(
+    config: dict[str, Any],
+    folder: Path,
+    trusted: list[str],
+    choices: dict[str, str],
+    explained: Callable[[BaseException], BaseException],
+) -> Outcome:
     outcome = Outcome(run=str(folder), status="done", exit_code=0)
+    sweep(folder)
     runs.write_status(folder, "running", None)
     try:
         from cvtrain.command.train import train
@@ -71,7 +86,7 @@ def _execute_locked(config: dict[str, Any], folder: Path, trusted: list[str], ch
         outcome.metrics, outcome.artifacts, outcome.data = result.metrics, result.artifacts, result.data
         runs.write_status(folder, "done", 0)
     except BaseException as caught:  # also KeyboardInterrupt outside the loop
-        error = _known(caught, folder)
+        error = _known(explained(caught), folder)
         state, retryable = runs.ending(error)
         runs.write_status(folder, state, error.exit_code, str(error), retryable)
         outcome.status, outcome.exit_code, outcome.error = state, error.exit_code, error
@@ -91,6 +106,12 @@ def _known(error: BaseException, folder: Path) -> CvtrainError:
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'no memory left'}\n"
             "Lower batch_size (and raise grad_accum_steps to keep the effective batch), use precision=amp, "
             "or lower img_size."
+        )
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        # Torch hears of it by SIGCHLD, and raises wherever the main thread is just then.
+        return WorkerError(
+            f"a data worker died: {str(error).splitlines()[0]}\n"
+            "Often memory (also /dev/shm): lower workers or batch_size, or use workers=0."
         )
     if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
         return storage_error(Path(str(error.filename)) if error.filename else folder / runs.STATUS, error)

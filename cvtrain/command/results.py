@@ -114,11 +114,13 @@ def _multilabel_rows(evaluation: Evaluation) -> list[dict[str, object]]:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    """Write dictionaries with equal keys as CSV, durably; nothing for no rows."""
+    """Write dictionaries as CSV, durably, an empty cell where one lacks a key; nothing for no rows."""
     if not rows:
         return
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(
+        text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))

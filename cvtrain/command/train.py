@@ -10,27 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 
-from cvtrain import __version__, runs
+from cvtrain import runs
+from cvtrain.averaging import NoAveraging
 from cvtrain.build import Builder, lay_out
+from cvtrain.command import continuation, debugging, processes
 from cvtrain.command.artifacts import make_artifacts
-from cvtrain.command.provenance import deployment_metadata, fingerprint, write_manifest
+from cvtrain.command.provenance import deployment_metadata, environment, fingerprint, write_manifest
 from cvtrain.command.results import Evaluation, write_results
+from cvtrain.command.teacher import load_teacher, refuse_another_teacher
 from cvtrain.core import distributed, weights
 from cvtrain.core.complexity import count_params
 from cvtrain.core.files import write_atomic, write_json
 from cvtrain.core.metrics import class_counts
 from cvtrain.core.types import Batch, DataSets
-from cvtrain.engine.checkpoint import BEST, LAST, CheckpointStore
+from cvtrain.engine import overfit
+from cvtrain.engine.checkpoint import BEST, LAST, CheckpointStore, SharedCheckpoints
 from cvtrain.engine.loop import evaluate_model, fit
 from cvtrain.engine.monitor import Monitor
-from cvtrain.engine.run import Task, TrainRun, TrainState
+from cvtrain.engine.ranks import SharedStop
+from cvtrain.engine.run import TERMS, Task, TrainRun, TrainState
 from cvtrain.engine.signals import StopRequest
 from cvtrain.errors import ConfigError, DataError, did_you_mean
 from cvtrain.logger import NoLogger
+from cvtrain.precision.compiling import compiled
 from cvtrain.report import plots
 from cvtrain.report.console import (
     Progressing,
@@ -45,6 +50,8 @@ from cvtrain.resizing import Constant
 log = logging.getLogger("cvtrain")
 
 UNREADABLE = "unreadable.txt"
+SCHEDULE_POINTS = 5000
+"""At how many steps of a long run the learning rate is drawn."""
 
 
 @dataclass(frozen=True)
@@ -69,33 +76,52 @@ def train(config: dict[str, Any], folder: Path, trusted: list[str], choices: dic
         CvtrainError: Any failure with a known cause.
     """
     console = make_console(bool(config["json"]))
+    console.quiet = not distributed.main()
     attach_log(console)
     if config["threads"]:
         torch.set_num_threads(config["threads"])
     builder = Builder(config, trusted)
     device = builder.device()
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    processes.announce(device, config["threads"])
     (folder / "weights").mkdir(exist_ok=True)
-    write_atomic(folder / runs.ARGS, OmegaConf.to_yaml(OmegaConf.create(config)))
-    with StopRequest() as stop:
-        sets, source = _load(builder, folder)
+    stops = SharedStop if distributed.world_size() > 1 else StopRequest
+    with stops(lambda reason, code: runs.write_status(folder, "stopped", code, reason, True)) as stop:
+        with distributed.first_on_main("data"):
+            sets, source = _load(builder, folder)
+        processes.refuse_other_data(sets.name, fingerprint(sets))
         _refuse_changed_data(folder, sets)
-        write_manifest(folder, config, choices, sets, device)
+        if not (folder / "weights" / LAST).exists():  # else the checkpoint's config stands until it is restored
+            write_manifest(folder, config, choices, sets, device)
         for note in sets.notes:
             log.info("data: %s", note)
         run = build_run(builder, sets, device, folder, stop)
         _show_classes(console, config, sets)
         run.display = Progressing(console)
+        if config["overfit_batch"]:
+            overfit.prepare(run)
         resumed = run.checkpoints.restore(run)
         if resumed:
-            log.info("resume: goes on after epoch %d, step %d, from %s", run.state.epoch, run.state.step, resumed)
+            refuse_another_teacher(run, config)
+            write_manifest(folder, config, choices, sets, device, continuation.record(run, config, resumed))
+            runs.write_status(folder, "running", None)
         elif getattr(source, "splits", None):
             write_json(folder / "splits.json", source.splits)
-        run.tracker = builder.build("logger", folder=folder, purge_step=run.state.step + 1 if resumed else None)
         try:
-            show_batch(run, folder, sets.class_names)
+            if distributed.main():
+                first_step = run.state.step + 1 if resumed else None
+                run.tracker = builder.build("logger", folder=folder, purge_step=first_step)
+                show_batch(run, folder, sets.class_names)
+                show_schedule(run, folder)
+            debugging.attach(run, config, folder, console)
             fit(run)
+            debugging.tell_times(run, config, choices, console)
+            if config["overfit_batch"]:
+                return TrainResult(debugging.end_overfit(run, folder), [], sets.counts())
             return conclude(builder, run, sets, folder, console)
         finally:
+            run.timer.close()
             run.tracker.close()
 
 
@@ -136,8 +162,6 @@ def build_run(builder: Builder, sets: DataSets, device: torch.device, folder: Pa
         CvtrainError: A setting that only shows now does not fit, told before the first epoch.
     """
     config = builder.config
-    if distributed.world_size() > 1:
-        raise ConfigError("several processes (torchrun) are not supported yet; start cvtrain by itself.")
     augmentation = builder.augmentation(sets.preprocess)
     loader = builder.loader(sets, device, augmentation.crop)
     regularizers = list(builder.build_each("regularizer").values())
@@ -145,16 +169,25 @@ def build_run(builder: Builder, sets: DataSets, device: torch.device, folder: Pa
     _check_monitor(config["monitor"], task, sets.num_classes)
     model = builder.model(sets)
     for regularizer in regularizers:
-        regularizer.attach(model)
+        regularizer.attach(model, sets.preprocess.shape)
+    if config["sync_batchnorm"]:
+        model = processes.with_shared_batch_norm(model, device)
     lay_out(model, device, config["channels_last"])
+    averaging = builder.build("averaging")
+    averaging.begin(model)
+    distillation = builder.distillation(task, load_teacher(builder, sets, device, folder))
     for group in ("compression", "export"):  # built again when they are due; wrong settings are told now
         builder.build_each(group)
+    accepted = runs.read_json(folder / runs.MANIFEST).get("config_hashes", [])
     stored = {
         "config_hash": runs.config_hash(config),
-        "version": __version__,
+        "config": config,
+        "environment": environment(device),
         "class_names": sets.class_names,
         "preprocess": sets.preprocess.to_dict(),
+        "teacher_sha256": distillation.teacher_sha256,
     }
+    store = CheckpointStore if distributed.main() else SharedCheckpoints
     run = TrainRun(
         options=builder.options(distributed.rank()),
         device=device,
@@ -168,11 +201,14 @@ def build_run(builder: Builder, sets: DataSets, device: torch.device, folder: Pa
         schedule=builder.build("scheduler"),
         precision=builder.build("precision"),
         finetune=builder.build("finetune"),
+        averaging=averaging,
+        distillation=distillation,
         monitor=Monitor(config["monitor"], builder.monitor_mode(), config["patience"], config["min_delta"]),
-        checkpoints=CheckpointStore(folder / "weights", stored),
+        checkpoints=store(folder / "weights", stored, accepted),
         tracker=NoLogger(),
         stop=stop,
-        state=TrainState.new(device),
+        state=TrainState.new(device, (*TERMS, *distillation.terms)),
+        wrapped=compiled(model, device) if config["compile"] else None,
     )
     counts, size = sets.counts(), sets.preprocess.img_size
     log.info(
@@ -183,8 +219,12 @@ def build_run(builder: Builder, sets: DataSets, device: torch.device, folder: Pa
     log.info("loader: %s, %s", loader.mode, loader.reason)
     log.info("device: %s, %d CPU threads; %s parameters", device, torch.get_num_threads(), f"{count_params(model):,}")
     batch = first_batch(run, 0)
-    images, targets = run.train_images(batch, 0), run.task.encode(batch.targets)
+    probed = max(2, len(batch) // 2)  # a float32 probe of a whole batch would take the most memory of the run
+    images, targets = run.train_images(batch, 0)[:probed], run.task.encode(batch.targets)[:probed]
     run.precision.setup(device, model, lambda trial: run.task.losses(trial, images, targets)["loss"])
+    if distributed.world_size() > 1:  # what a probe has found differs from process to process
+        run.precision.load_state(distributed.shared(run.precision.state))
+    run.share()
     return run
 
 
@@ -212,7 +252,8 @@ def _resizing(builder: Builder, sets: DataSets, model: nn.Module, device: torch.
 
 
 def _check_monitor(monitor: str, task: Task, num_classes: int) -> None:
-    names = ["train/loss", "train/acc", *(f"val/{name}" for name in task.metrics(torch.device("cpu")).compute())]
+    measured = task.metrics(torch.device("cpu")).compute()
+    names = ["train/loss", "train/acc", "train/grad_norm", *(f"val/{name}" for name in measured)]
     if monitor not in names:
         raise ConfigError(
             f"monitor={monitor} is not measured by this task on {num_classes} classes; "
@@ -238,6 +279,18 @@ def show_batch(run: TrainRun, folder: Path, class_names: list[str]) -> None:
     run.tracker.pictures("train/batch", images, state.step)
 
 
+def show_schedule(run: TrainRun, folder: Path) -> None:
+    """Draw the learning rate of the whole run, before its first step, and log it."""
+    total = run.options.epochs * run.steps_per_epoch
+    stride = -(-total // SCHEDULE_POINTS)
+    rates = [run.schedule.lr(*run.clock(step)) for step in range(0, total, stride)]
+    title = getattr(run.schedule, "caption", "learning rate")
+    figure = plots.learning_rate(
+        rates, run.steps_per_epoch / stride, folder / "learning_rate.png", title, getattr(run.resizing, "phases", ())
+    )
+    run.tracker.figure("learning_rate", figure, run.state.step)
+
+
 def _caption(target: Tensor, names: list[str]) -> str:
     top = target.topk(min(2, len(target)))
     shares = [(float(p), names[int(k)]) for p, k in zip(top.values, top.indices, strict=True) if p > 0.005]
@@ -247,12 +300,20 @@ def _caption(target: Tensor, names: list[str]) -> str:
 def conclude(builder: Builder, run: TrainRun, sets: DataSets, folder: Path, console: Console) -> TrainResult:
     """Evaluate the best checkpoint once on the test set, then compress, export, prove and report."""
     metadata = deployment_metadata(builder.config, sets)
-    if (folder / "weights" / BEST).exists():
+    if builder.config["sync_batchnorm"]:
+        run.model = processes.with_batch_norm_alone(run.model, builder, sets)
+    if run.checkpoints.has(BEST):
         run.checkpoints.load_model(BEST, run.model)
+    else:
+        run.model.load_state_dict(run.deployed.state_dict())
+    run.averaging = NoAveraging()  # what was averaged is now the model
     model = run.model.eval()
-    weights.save_weights(model, folder / "weights" / "model.safetensors", metadata)
-    run.checkpoints.record("model.safetensors")
+    if distributed.main():
+        weights.save_weights(model, folder / "weights" / "model.safetensors", metadata)
+        run.checkpoints.record("model.safetensors")
     metrics, logits = evaluate_model(run, model, "test", full_precision=True)
+    if not processes.go_on_alone(run, builder, sets):
+        return TrainResult({}, [], {})
     results = {**run.monitor.best_row, **{f"test/{name}": value for name, value in metrics.compute().items()}}
     seen = len(logits)
     evaluation = Evaluation(metrics, logits, sets.test.labels[:seen], sets.test.names[:seen], sets.class_names)

@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +25,61 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_temporary(path: Path, content: bytes) -> Path:
-    """Write `content` beside `path`, flushed to the disk, and return the temporary file's path.
+@dataclass(frozen=True)
+class Temporary:
+    """A file on the disk that has not got its name yet; `digest` is the hex SHA-256 of its `size` bytes."""
+
+    path: Path
+    digest: str
+    size: int
+
+
+def write_temporary(path: Path, pieces: Iterable[bytes | memoryview]) -> Temporary:
+    """Write `pieces`, one behind the other, into a file beside `path`, flushed to the disk.
 
     Raises:
         StorageError: The disk is full or read-only; nothing is left behind.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    sha, size, rest = hashlib.sha256(), 0, iter(pieces)
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        with temporary.open("wb", buffering=0) as file:
+            for piece in rest:
+                left = memoryview(piece)
+                sha.update(left)
+                size += left.nbytes
+                while left.nbytes:  # a nearly full disk takes a part of it
+                    left = left[file.write(left) :]
             os.fsync(file.fileno())
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise storage_error(path, error, len(content)) from error
-    return temporary
+        raise storage_error(path, error, size + sum(memoryview(piece).nbytes for piece in rest)) from error
+    return Temporary(temporary, sha.hexdigest(), size)
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
+def write_atomic(path: Path, content: str | bytes | Iterable[bytes | memoryview]) -> None:
     """Replace `path` by `content`: temporary file, fsync, rename, fsync of the folder.
 
     Raises:
         StorageError: The disk is full or read-only; the old file stands.
     """
     data = content.encode() if isinstance(content, str) else content
-    temporary = write_temporary(path, data)
+    temporary = write_temporary(path, [data] if isinstance(data, bytes) else data)
     try:
-        temporary.replace(path)
+        temporary.path.replace(path)
         sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise storage_error(path, error, len(data)) from error
+            temporary.path.unlink()
+        raise storage_error(path, error, temporary.size) from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in `folder` and below."""
+    for path in folder.rglob(".*.tmp-*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:  # noqa: ANN401 - any JSON value
@@ -83,6 +106,11 @@ def sha256(path: Path) -> str:
     """Return the hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_full(error: StorageError) -> bool:
+    """Return whether a `storage_error` says that the disk has no space, which removing files would give."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def storage_error(path: Path, error: OSError, needed: int = 0) -> StorageError:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import warnings
 from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,8 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from cvtrain.core import distributed
 from cvtrain.core.types import Batch, Preprocess
+from cvtrain.engine.timing import NoTimer
 from cvtrain.resizing import shrunk
 from cvtrain.scheduler import Clock
 
@@ -33,8 +40,16 @@ class Loader(Protocol):
         """
         ...
 
-    def eval_batches(self, split: str) -> Generator[Batch, None, None]:
-        """Yield `val` or `test` once, in order."""
+    def batch_total(self, number: int) -> int:
+        """Return how many samples an epoch's training batch `number` has over all processes."""
+        ...
+
+    def eval_batches(self, split: str, *, limit: int | None = None) -> Generator[Batch, None, None]:
+        """Yield `val` or `test` once, in order, or what one process by itself sees of it in `limit` batches."""
+        ...
+
+    def names(self, indices: NDArray[np.int64]) -> list[str]:
+        """Return what the training pictures are called."""
         ...
 
 
@@ -119,8 +134,16 @@ class Precision(Protocol):
         """Accumulate gradients."""
         ...
 
-    def step(self, optimizer: torch.optim.Optimizer, clip_grad_norm: float | None) -> Tensor | None:
-        """Take the optimizer's step."""
+    def clip(self, optimizer: torch.optim.Optimizer, norm: float | None, value: float | None) -> Tensor:
+        """Make the gradients ready for the step; return their norm before it was clipped, on the device."""
+        ...
+
+    def step(self, optimizer: torch.optim.Optimizer, halt: Tensor) -> None:
+        """Take the optimizer's step, unless `halt`, a float32 scalar on the device, is 1."""
+        ...
+
+    def check(self) -> None:
+        """Read back whether the format still works; waits for the device."""
         ...
 
     def state(self) -> dict[str, object]:
@@ -185,6 +208,46 @@ class Resizing(Protocol):
 
     def phase(self, epoch: int) -> Phase:
         """Return the phase that `epoch` belongs to."""
+        ...
+
+
+class Averaging(Protocol):
+    """An average of the weights over the steps."""
+
+    needs_batch_norm: bool
+    """Whether batch norm's statistics must be measured anew before the average is evaluated."""
+
+    def begin(self, model: nn.Module) -> None:
+        """Start from the weights of `model`, once it lies where it will train."""
+        ...
+
+    def update(self, model: nn.Module, step: int, steps_per_epoch: int, epochs: int) -> None:
+        """Hear that optimizer step number `step`, from 0, was taken."""
+        ...
+
+    def model(self) -> nn.Module | None:
+        """Return the averaged model, or None while there is none."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps."""
+        ...
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take it back."""
+        ...
+
+
+class Distillation(Protocol):
+    """What a teacher adds to the objective."""
+
+    terms: tuple[str, ...]
+    """Names of the terms that it adds."""
+    teacher_sha256: str | None
+    """SHA-256 of the teacher's weights file in hex; None without a teacher."""
+
+    def __call__(self, losses: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        """Map the task's terms, `loss` and `logits` among them, to the objective's."""
         ...
 
 
@@ -260,44 +323,144 @@ class Silent:
         """Do nothing."""
 
 
+TERMS = ("loss", "acc")
+"""What every task measures while it trains."""
+
+
 @dataclass
 class TrainState:
     """Everything that changes while training, besides tensors owned by the model and the optimizer.
 
     Attributes:
+        sums: `(T + 3,)` float64 on the CPU, of the current epoch as of the last `read`: Σ term·n of each of the T
+            terms, Σ gradient norm·n, Σ n, and the steps that counted. A step whose loss or gradient is not finite
+            does not.
+        halt: float32 scalar on the device: 1 after such a step, for the optimizer to stand still.
+        terms: Names of the terms.
         epoch: Epochs finished.
         step: Optimizer steps taken.
         batch: Micro-batches taken in the current epoch; a resume starts there.
-        sums: `(3,)` float64 on the device: Σ loss·n, Σ acc·n and Σ n of the current epoch.
         history: One row of metrics an epoch, what results.csv shows.
+        logged: `sums` at the last log within the epoch.
+        logged_at: Seconds and pictures at the last log within the epoch, or at its begin.
         seconds: Time spent training, earlier parts of a resumed run included.
+        waited: Seconds of the current epoch in which the loop waited for data.
         images: Pictures trained on, each as often as it was seen.
+        parts: In how many parts each micro-batch is computed; more than 1 once memory has run out.
+        unread: What `add` was given since the last `read`: terms, norm and a sticky flag, on the device; samples.
     """
 
     sums: Tensor
+    halt: Tensor
+    terms: tuple[str, ...] = TERMS
     epoch: int = 0
     step: int = 0
     batch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    logged: list[float] = field(default_factory=list)
+    logged_at: tuple[float, int] = (0.0, 0)
     seconds: float = 0.0
+    waited: float = 0.0
     images: int = 0
+    parts: int = 1
+    unread: list[tuple[Tensor, int]] = field(default_factory=list)
 
     @staticmethod
-    def new(device: torch.device) -> TrainState:
+    def new(device: torch.device, terms: tuple[str, ...] = TERMS) -> TrainState:
         """Return the state of a run that has not begun."""
-        return TrainState(torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device))
+        sums = torch.zeros(len(terms) + 3, dtype=torch.float64)
+        return TrainState(sums, torch.zeros((), device=device), terms, logged=[0.0] * len(sums))
+
+    def add(
+        self,
+        terms: Tensor,
+        norm: Tensor,
+        samples: int,
+        sticky: bool,
+        agree: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Add a step's results, unless they are not finite; nothing is copied to the host.
+
+        Args:
+            terms: `(T,)` float32, means over the step's samples.
+            norm: Scalar float32, of the gradient.
+            samples: How many samples the step had in this process.
+            sticky: Whether no later step counts either.
+            agree: Maps `halt` to the one that all processes stand still by; None: there is one process.
+
+        Returns:
+            `halt`.
+        """
+        row = torch.cat((terms, norm.reshape(1), *([self.halt.reshape(1)] if sticky else [])))
+        # Zero times what is not finite is not a number: a step of a tiny model has no time for a longer test.
+        self.halt = row.dot(_keeping(len(row), sticky, row.device)).nan_to_num(1.0)
+        if agree is not None:
+            self.halt = agree(self.halt)
+            row = torch.cat((terms, norm.reshape(1), self.halt.reshape(1)))
+        self.unread.append((row, samples))
+        return self.halt
+
+    def read(self) -> list[float]:
+        """Bring `sums` up to date and return them, which waits for the device."""
+        if self.unread:
+            rows = torch.stack([row for row, _ in self.unread]).tolist()
+            sums, measured = self.sums.tolist(), len(self.terms) + 1
+            for row, (_, samples) in zip(rows, self.unread, strict=True):
+                if all(map(math.isfinite, row)) and not any(row[measured:]):
+                    step = (*(value * samples for value in row[:measured]), samples, 1)
+                    sums = [before + now for before, now in zip(sums, step, strict=True)]
+            self.sums.copy_(torch.tensor(sums, dtype=self.sums.dtype))
+            self.unread.clear()
+        return [float(value) for value in self.sums.tolist()]
+
+    def totals(self) -> list[float]:
+        """Return `sums` up to date and over all processes; only for a place that all of them come to."""
+        if distributed.world_size() == 1:
+            return self.read()
+        *values, steps = self.rows().unbind(1)
+        return [*(float(each.sum()) for each in values), float(steps.max())]
+
+    def rows(self) -> Tensor:
+        """Return `sums` up to date as a checkpoint keeps them, `(T + 3,)`, or those of W processes, `(W, T + 3)`."""
+        self.read()
+        return self.sums if distributed.world_size() == 1 else distributed.gather(self.sums[None])
+
+    def load_sums(self, rows: Tensor) -> None:
+        """Take back the `(T + 3,)` sums of a process by itself, or `(W, T + 3)` of W processes.
+
+        With another number of processes than W the first has the total, so that the means stay what they were.
+        """
+        rows = rows.reshape(-1, len(self.sums))
+        rank = distributed.rank()
+        if len(rows) == distributed.world_size():
+            self.sums.copy_(rows[rank])
+        else:
+            self.sums.copy_(rows.sum(0) if rank == 0 else torch.zeros_like(self.sums))
+            self.sums[-1] = rows[0, -1]
+
+    def means(self, sums: list[float] | None = None) -> dict[str, float]:
+        """Return the epoch's running means by name, or those of the part that `sums` stands for."""
+        sums = self.read() if sums is None else sums
+        count = max(sums[-2], 1.0)
+        return {
+            f"train/{name}": value / count for name, value in zip((*self.terms, "grad_norm"), sums[:-2], strict=True)
+        }
 
     def end_epoch(self, row: dict[str, float]) -> None:
         """Move on to the next epoch."""
         self.history.append(row)
         self.epoch += 1
         self.batch = 0
+        self.logged = [0.0] * len(self.sums)
         self.sums.zero_()
+        self.unread.clear()
 
-    def means(self) -> dict[str, float]:
-        """Return the running means of the epoch; copies to the host."""
-        loss, acc, count = self.sums.tolist()
-        return {"train/loss": loss / max(count, 1.0), "train/acc": acc / max(count, 1.0)}
+
+@functools.cache
+def _keeping(length: int, sticky: bool, device: torch.device) -> Tensor:
+    """Return zeros, and behind them whether the flag from before stays."""
+    with torch.inference_mode(False):
+        return torch.tensor([0.0] * (length - 1) + [float(sticky)], device=device)
 
 
 @dataclass(frozen=True)
@@ -309,6 +472,10 @@ class TrainOptions:
     base_lr: float
     grad_accum_steps: int = 1
     clip_grad_norm: float | None = None
+    clip_grad_value: float | None = None
+    on_nan: str = "stop"
+    on_oom: str = "stop"
+    log_every_steps: int = 50
     channels_last: bool = True
     save_every_steps: int | None = None
     limit_train_batches: int | None = None
@@ -333,12 +500,46 @@ class TrainRun:
     schedule: Schedule
     precision: Precision
     finetune: Finetune
+    averaging: Averaging
+    distillation: Distillation
     monitor: Monitor
     checkpoints: CheckpointStore
     tracker: Tracker
     stop: StopRequest
     state: TrainState
     display: Display = field(default_factory=Silent)
+    timer: NoTimer = field(default_factory=NoTimer)
+    wrapped: nn.Module | None = None
+
+    @property
+    def train_model(self) -> nn.Module:
+        """Return what the loss runs through: the model, or the model compiled or shared among processes."""
+        return self.model if self.wrapped is None else self.wrapped
+
+    @property
+    def deployed(self) -> nn.Module:
+        """Return the model that is evaluated and deployed: the averaged one where there is one."""
+        return self.averaging.model() or self.model
+
+    def gradient_sync(self, last: bool) -> AbstractContextManager[None]:
+        """Return the context of a micro-batch: gradients are shared among processes only with the last of a step."""
+        shared = self.wrapped if isinstance(self.wrapped, DistributedDataParallel) else None
+        return nullcontext() if shared is None or last else shared.no_sync()
+
+    def share(self) -> None:
+        """Have the gradients averaged over all processes; again whenever other parameters train than before.
+
+        It starts all processes from the weights of the first.
+        """
+        if distributed.world_size() > 1:
+            inner = self.wrapped.module if isinstance(self.wrapped, DistributedDataParallel) else self.train_model
+            # On a CPU sums are the same to the bit after a resume only if gradients stay in the same order, which they
+            # do where unused parameters are looked for.
+            fixed = self.device.type == "cpu"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 has another name for the first argument
+                # The loop averages the buffers itself, so that they are equal after every step, not only during one.
+                self.wrapped = DistributedDataParallel(inner, broadcast_buffers=False, find_unused_parameters=fixed)
 
     @property
     def batches_per_epoch(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvtrain.core.metrics import ClassificationMetrics
@@ -43,7 +42,9 @@ class Classification:
 
     def encode(self, targets: Tensor) -> Tensor:
         """Turn class numbers `(B,)` int64 into probabilities `(B, K)` float32, what mixing works on."""
-        return F.one_hot(targets, self.num_classes).float()
+        # one_hot would look for the smallest and the largest number, and wait for the device.
+        zeros = torch.zeros((len(targets), self.num_classes), device=targets.device)
+        return zeros.scatter_(1, targets.unsqueeze(1), 1.0)
 
     def decide(self, logits: Tensor) -> Tensor:
         """Turn logits `(B, K)` into class numbers `(B,)` int64."""
@@ -66,7 +67,7 @@ class Classification:
             acc = targets.gather(1, logits.argmax(1, keepdim=True)).mean()
         softened, weight = prepared(targets, self.class_weights, self.regularizers)
         loss = self.loss(logits, softened) if weight is None else self.loss(logits, softened, weight)
-        return {"loss": loss, "acc": acc}
+        return {"loss": loss, "acc": acc, "logits": logits}
 
     def metrics(self, device: torch.device) -> ClassificationMetrics:
         """Return an empty accumulator for evaluation."""

@@ -65,7 +65,7 @@ class Multilabel:
         softened, weight = prepared(pairs, self.class_weights, self.regularizers)
         present = softened[..., 1]
         loss = self.loss(logits, present) if weight is None else self.loss(logits, present, weight)
-        return {"loss": loss, "acc": acc}
+        return {"loss": loss, "acc": acc, "logits": logits}
 
     def metrics(self, device: torch.device) -> MultilabelMetrics:
         """Return an empty accumulator for evaluation."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from real_formats import write_for
+from teacher_file import write_teacher
 
 from cvtrain import catalog
 from cvtrain.build import Builder
@@ -25,14 +26,15 @@ NEEDS = {
     ("regularizer", "stochastic_depth"): ["model=resnet18"],
     ("task", "multilabel"): MULTILABEL,
     ("loss", "bce"): MULTILABEL,
+    ("loss", "focal_bce"): [MULTILABEL[0], *MULTILABEL[2:]],
     ("resizing", "progressive"): ["model=resnet18", "img_size=8", *PHASES],
 }
 REFUSED_ON_CPU = {("precision", "fp16")}
 
 
 def test_the_number_of_groups_and_options_is_known():
-    assert len(GROUPS) == 16
-    assert len(OPTIONS) == 71
+    assert len(GROUPS) == 18
+    assert len(OPTIONS) == 90
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,6 +59,8 @@ def test_an_option_builds_steps_and_resumes_to_the_same_weights(group, option, t
         overrides += [*write_for(option, tmp_path / "data"), "img_size=32"]
     elif "data=csv" in overrides:
         overrides += write_for("csv", tmp_path / "data")
+    if (group, option) == ("distillation", "kd"):
+        overrides += [f"distillation.teacher={write_teacher(tmp_path / 'teacher.safetensors')}"]
     if (group, option) == ("debug", "fdr"):
         overrides += ["epochs=2"]
     whole = built(overrides, tmp_path / "whole")

@@ -8,7 +8,17 @@ import sys
 
 import pytest
 
-from cvtrain.core.files import sha256, storage_error, sync_folder, to_json_line, write_atomic, write_json
+from cvtrain.core.files import (
+    is_full,
+    sha256,
+    storage_error,
+    sweep,
+    sync_folder,
+    to_json_line,
+    write_atomic,
+    write_json,
+    write_temporary,
+)
 from cvtrain.errors import StorageError
 
 FULL = """
@@ -20,7 +30,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 path = Path(sys.argv[1])
 write_atomic(path, b"n" * 90_000) if sys.argv[2] == "fits" else None
 try:
-    write_atomic(path, b"n" * 300_000)
+    write_atomic(path, [b"n" * 50_000] * 6)
 except StorageError as error:
     print(error)
     sys.exit(error.exit_code)
@@ -107,3 +117,36 @@ def test_syncing_a_folder_that_is_not_there_is_an_os_error(tmp_path):
     sync_folder(tmp_path)
     with pytest.raises(FileNotFoundError):
         sync_folder(tmp_path / "absent")
+
+
+def test_pieces_are_written_one_behind_the_other_with_their_hash(tmp_path):
+    pieces = [b"head", memoryview(bytes(range(256)) * 999), b""]
+    temporary = write_temporary(tmp_path / "x", iter(pieces))
+    content = b"".join(pieces)
+    assert temporary.path.read_bytes() == content
+    assert (temporary.digest, temporary.size) == (hashlib.sha256(content).hexdigest(), len(content))
+    assert names(tmp_path) == [temporary.path.name]
+
+
+def test_what_a_killed_process_left_is_swept_at_every_depth_and_nothing_else(tmp_path):
+    (tmp_path / "weights").mkdir()
+    for name in (".status.json.tmp-7", "weights/.last.safetensors.tmp-123"):
+        (tmp_path / name).write_bytes(b"torn")
+    for name in ("notes.tmp-1", ".hidden", "weights/last.safetensors"):
+        (tmp_path / name).write_bytes(b"kept")
+    sweep(tmp_path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
+        ".hidden", "notes.tmp-1", "weights/last.safetensors",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "full"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False)])
+def test_a_full_disk_is_told_from_one_that_fails(tmp_path, monkeypatch, number, full):
+    def fail(descriptor):
+        raise OSError(number, "text")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(StorageError) as caught:
+        write_atomic(tmp_path / "x", b"content")
+    assert is_full(caught.value) == full
+    assert names(tmp_path) == []

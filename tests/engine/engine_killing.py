@@ -107,8 +107,8 @@ def points(root):
     fit(reference)
     expected, results = digest(reference), []
     begun = resumable(root / "begun", EPOCHS, None)
-    begun.display = Watching(lambda run: run.state.step == START and run.stop._handle(signal.SIGTERM, None))
-    with contextlib.suppress(Interrupted):
+    begun.display = Watching(lambda run: run.state.step == START and os.kill(os.getpid(), signal.SIGTERM))
+    with begun.stop, contextlib.suppress(Interrupted):
         fit(begun)
     for operation in range(1, OPERATIONS + 1):
         folder = shutil.copytree(root / "begun", root / str(operation))
@@ -142,7 +142,7 @@ def random_kills(root, kills=20, seed=0):
         reader, writer = os.pipe()
         child = train_in_child(folder, epochs, lambda run, writer=writer: tell_steps(run, writer))
         os.close(writer)
-        for _ in range(chance.randint(2, 5)):  # at the second step, the first one's save is done
+        for _ in range(chance.randint(3, 6)):  # at the third step, the first one's save is done
             os.read(reader, 1)
         os.close(reader)
         time.sleep(chance.uniform(0.0, 0.004))

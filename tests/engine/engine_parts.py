@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from cvtrain.aug import Augmentation, MixUp
+from cvtrain.averaging import NoAveraging
 from cvtrain.core.types import DataSets, Preprocess
 from cvtrain.data import ArraySource, Loader, LoaderConfig
+from cvtrain.distillation import NoDistillation
 from cvtrain.engine.checkpoint import CheckpointStore
 from cvtrain.engine.monitor import Monitor
 from cvtrain.engine.run import TrainOptions, TrainRun, TrainState
@@ -80,11 +82,13 @@ def make_run(folder, data=None, model=None, weights_seed=0, optimizer=sgd, batch
         "schedule": Plateau(0.5, plateau_epochs=0, warmup_epochs=0.5),
         "precision": Fp32(),
         "finetune": Full(),
+        "averaging": NoAveraging(),
+        "distillation": NoDistillation(),
         "monitor": Monitor("val/loss", "min", min_delta=0.3),
         "checkpoints": CheckpointStore(folder, {"class_names": data.class_names}),
         "tracker": NoLogger(),
         "stop": StopRequest(),
-        "state": TrainState(sums=torch.zeros(3, dtype=torch.float64)),
+        "state": TrainState.new(CPU),
     }
     return TrainRun(options=TrainOptions(**options), device=CPU, model=model, **{**parts, **changes})
 
@@ -100,7 +104,7 @@ def snapshot(run):
                     tensors[f"optimizer/{name}/{key}"] = value
                 else:
                     scalars[f"optimizer/{name}/{key}"] = value
-    tensors["sums"] = run.state.sums
+    tensors["sums"] = run.state.rows()
     state = run.state
     return {
         "tensors": {name: value.contiguous().numpy().tobytes() for name, value in tensors.items()},

@@ -4,7 +4,10 @@ import copy
 import json
 import logging
 import math
+import os
 import resource
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import torch
 from engine_parts import Watching, adamw, make_run, network, sgd, snapshot
 from torch import nn
 
+from cvtrain.averaging import Ema
 from cvtrain.core.files import sha256
 from cvtrain.core.weights import to_bytes
 from cvtrain.engine.checkpoint import BEST, LAST, PREVIOUS, NoCheckpoints
@@ -26,15 +30,16 @@ def stopping(step):
 
     def after(run):
         if run.state.step == step:
-            run.stop._handle(15, None)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     return Watching(after)
 
 
-def stopped_at(folder, step, **changes):
-    run = make_run(folder, stop=StopRequest(), display=stopping(step), **changes)
-    with pytest.raises(Interrupted):
-        fit(run)
+def stopped_at(folder, step, make=make_run, **changes):
+    with StopRequest() as stop:
+        run = make(folder, stop=stop, display=stopping(step), **changes)
+        with pytest.raises(Interrupted):
+            fit(run)
     assert run.state.step == step
     return run
 
@@ -87,9 +92,7 @@ def test_a_chain_of_resumes_equals_the_uninterrupted_run_and_one_after_the_end_t
     fit(whole)
     stopped_at(tmp_path / "chain", 1)
     for step in (2, 4, 5):
-        run = resumed(tmp_path / "chain", stop=StopRequest(), display=stopping(step))
-        with pytest.raises(Interrupted):
-            fit(run)
+        stopped_at(tmp_path / "chain", step, resumed)
     last = resumed(tmp_path / "chain")
     fit(last)
     assert snapshot(last) == snapshot(whole)
@@ -104,6 +107,7 @@ def test_a_checkpoint_within_an_epoch_is_written_every_so_many_steps(tmp_path):
     seen = []
 
     def after(run):
+        run.checkpoints.wait()
         path = tmp_path / LAST
         seen.append(run.checkpoints.read(LAST)[1]["step"] if path.exists() else 0)
 
@@ -116,6 +120,7 @@ SPOILS = {
     "history": lambda v: [{**v[0], "val/loss": math.nextafter(v[0]["val/loss"], 9)}],
     "monitor.best_row": lambda v: {**v, "val/acc": 2.0},
     "precision.format": lambda _: "bfloat16",
+    "logged": lambda v: [v[0] + 1, *v[1:]],
 }
 NOT_STATE = {"format", "threads", "class_names", "precision.scaler"}  # the scaler: tests/precision
 
@@ -128,7 +133,9 @@ def write_spoilt(store, tensors, document):
 
 
 def seen(run):
-    return {**snapshot(run), "seconds": run.state.seconds, "precision": run.precision.state()}
+    state = run.state
+    other = {"seconds": state.seconds, "logged": state.logged, "parts": state.parts}
+    return {**snapshot(run), **other, "precision": run.precision.state()}
 
 
 def test_every_field_of_a_checkpoint_is_taken_back(tmp_path):
@@ -195,6 +202,7 @@ def test_after_a_fall_back_the_next_save_still_leaves_a_whole_checkpoint_behind_
     run = make_run(tmp_path)
     assert run.checkpoints.restore(run) == PREVIOUS
     run.checkpoints.save(run, best=False)
+    run.checkpoints.wait()
     damage(tmp_path / LAST)
     again = make_run(tmp_path)
     assert again.checkpoints.restore(again) == PREVIOUS
@@ -235,6 +243,7 @@ def test_the_manifest_holds_the_hash_of_every_file_and_previous_is_the_save_befo
 
     def remember(run, best):
         save(run, best)
+        run.checkpoints.wait()
         hashes.append(sha256(tmp_path / LAST))
 
     run.checkpoints.save = remember
@@ -303,6 +312,7 @@ def test_a_full_disk_is_a_storage_error_and_the_old_checkpoint_stands(tmp_path):
     try:
         with pytest.raises(StorageError, match=r"(?s)disk full: .*last\.safetensors needs .*resume=auto"):
             run.checkpoints.save(run, best=True)
+            run.checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {path.name: sha256(path) for path in tmp_path.iterdir()} == before
@@ -312,8 +322,9 @@ def test_a_full_disk_is_a_storage_error_and_the_old_checkpoint_stands(tmp_path):
 def test_a_save_that_fails_at_the_manifest_leaves_no_temporary_file(tmp_path):
     run = make_run(tmp_path)
     (tmp_path / "manifest.json" / "in the way").mkdir(parents=True)
+    run.checkpoints.save(run, best=True)
     with pytest.raises(StorageError):
-        run.checkpoints.save(run, best=True)
+        run.checkpoints.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
@@ -335,6 +346,20 @@ def test_a_checkpoint_of_another_format_is_passed_over(tmp_path):
         run.checkpoints.restore(run)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("step", None), ("monitor", None), ("monitor", [1]), ("schedule", 3), ("optimizer_scalars", None)],
+)
+def test_a_document_that_lacks_a_field_or_has_another_kind_is_a_weights_error(tmp_path, name, value):
+    run = make_run(tmp_path)
+    run.checkpoints.save(run, best=False)
+    tensors, document = run.checkpoints.read(LAST)
+    spoilt = {**document, name: value} if value else {k: v for k, v in document.items() if k != name}
+    write_spoilt(run.checkpoints, tensors, spoilt)
+    with pytest.raises(WeightsError, match=r"lacks what this version of cvtrain keeps(.|\n)*resume=none"):
+        run.checkpoints.restore(run)
+
+
 def test_no_checkpoints_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = make_run(tmp_path / "w", checkpoints=NoCheckpoints())
@@ -342,3 +367,106 @@ def test_no_checkpoints_writes_nothing(tmp_path, monkeypatch):
     assert run.state.step == 6
     assert list((tmp_path / "w").iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["w"]
+
+
+def held(store):
+    """Make the store's writer wait for the event that is returned."""
+    commit, go = store._commit, threading.Event()
+
+    def waiting(*args):
+        assert go.wait(30)
+        commit(*args)
+
+    store._commit = waiting
+    return go
+
+
+def test_a_save_returns_before_it_is_written_and_holds_the_weights_of_its_own_moment(tmp_path):
+    run = make_run(tmp_path)
+    go = held(run.checkpoints)
+    expected = {name: value.clone() for name, value in run.model.state_dict().items()}
+    run.checkpoints.save(run, best=False)
+    assert not (tmp_path / LAST).exists()
+    with torch.no_grad():
+        for value in run.model.state_dict().values():
+            value.add_(1)
+    run.state.step = 99
+    go.set()
+    tensors, document = run.checkpoints.read(LAST)
+    assert document["step"] == 0
+    for name, value in expected.items():
+        assert torch.equal(tensors[f"model/{name}"], value), name
+
+
+def test_there_is_never_more_than_one_copy_of_the_state(tmp_path):
+    run = make_run(tmp_path)
+    go = held(run.checkpoints)
+    run.checkpoints.save(run, best=False)
+    second = threading.Thread(target=run.checkpoints.save, args=(run, False))
+    second.start()
+    second.join(0.1)
+    assert second.is_alive()
+    go.set()
+    second.join(30)
+    run.checkpoints.wait()
+    assert {LAST, PREVIOUS} <= {path.name for path in tmp_path.iterdir()}
+    assert [thread.name for thread in threading.enumerate() if thread.name == "checkpoint"] == []
+
+
+@pytest.mark.parametrize("then", ["save", "wait", "restore", "read", "record"])
+def test_what_goes_wrong_in_the_writer_is_raised_once_by_the_next_who_asks(tmp_path, then):
+    run = make_run(tmp_path)
+    (tmp_path / "manifest.json").mkdir()
+    run.checkpoints.save(run, best=False)
+    calls = {
+        "save": lambda: run.checkpoints.save(run, best=False), "wait": run.checkpoints.wait,
+        "restore": lambda: run.checkpoints.restore(run), "read": lambda: run.checkpoints.read(LAST),
+        "record": lambda: run.checkpoints.record(LAST),
+    }  # fmt: skip
+    with pytest.raises(StorageError, match=r"manifest\.json"):
+        calls[then]()
+    run.checkpoints.wait()
+
+
+def test_a_save_that_fails_ends_training_even_when_it_is_the_last_one(tmp_path):
+    def spoil(run, *_):
+        if run.state.epoch == 2:
+            (tmp_path / "manifest.json").unlink()
+            (tmp_path / "manifest.json").mkdir()
+
+    run = make_run(tmp_path, display=Watching(ended=spoil))
+    with pytest.raises(StorageError):
+        fit(run)
+    assert run.state.epoch == 2
+
+
+def test_averaged_weights_are_saved_taken_back_and_are_the_ones_to_deploy(tmp_path):
+    def averaged(folder, **changes):
+        run = make_run(folder, averaging=Ema(0.5), epochs=3, **changes)
+        run.averaging.begin(run.model)
+        return run
+
+    whole = averaged(tmp_path / "whole")
+    fit(whole)
+    stopped_at(tmp_path / "parts", 4, averaged)
+    rest = averaged(tmp_path / "parts", weights_seed=9)
+    assert rest.checkpoints.restore(rest) == LAST
+    fit(rest)
+    assert snapshot(rest) == snapshot(whole)
+    expected = whole.averaging.tensors()
+    assert set(rest.averaging.tensors()) == set(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in rest.averaging.tensors().items())
+    model = network()
+    whole.checkpoints.load_model(LAST, model)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert not torch.equal(model[0].weight, whole.model[0].weight)
+
+
+def test_averaged_weights_that_are_not_finite_are_refused(tmp_path):
+    run = make_run(tmp_path, averaging=Ema(0.5), epochs=1)
+    run.averaging.begin(run.model)
+    fit(run)
+    with torch.no_grad():
+        run.averaging.model()[0].bias[0] = math.nan
+    with pytest.raises(DivergedError):
+        run.checkpoints.save(run, best=False)

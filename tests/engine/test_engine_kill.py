@@ -54,7 +54,7 @@ def test_twenty_kills_at_random_moments_lose_nothing_and_change_nothing(campaign
     steps = result["steps"]
     assert all(isinstance(step, int) for step in steps), result
     assert sorted(steps) == steps
-    assert len(set(steps)) >= 15  # each lost no more than the step it was killed in
+    assert len(set(steps)) >= 15  # each lost at most the save that was being written and the step after it
     assert result["run_same"], result
     assert result["best_same"], result
     assert result["left"] == []
