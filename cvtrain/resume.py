@@ -104,6 +104,11 @@ def blocking(changes: Sequence[Change], allowed: Sequence[str] = ()) -> list[Cha
     return [c for c in changes if c.effect >= (Effect.IDENTITY if c.named_by(allowed) else Effect.TRAINING)]
 
 
+def asks_for_more(changes: Sequence[Change]) -> bool:
+    """Return whether a finished run would have something left to do."""
+    return any(change.effect not in (Effect.NOTHING, Effect.ROUNDING) for change in changes)
+
+
 def check(folder: object, old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     """Return what differs when the run in `folder` may go on with config `new`.
 
@@ -140,9 +145,13 @@ def check_names(config: dict[str, Any]) -> None:
     Raises:
         ConfigError: One is unknown.
     """
+    keys = [key for key, _ in _leaves(config)]
+    known = {".".join(key.split(".")[:length]) for key in keys for length in range(1, 1 + key.count(".") + 1)}
     for key in config["resume_allow"]:
-        if str(key).split(".")[0] not in config:
-            raise ConfigError(f"resume_allow=[{key}] is no key of the config; {did_you_mean(str(key), config, 'keys')}")
+        if key not in known:
+            ends = [name for name in keys if name.endswith(f".{key}")]
+            hint = f"did you mean {ends[0]!r}?" if ends else did_you_mean(str(key), sorted(known), "keys")
+            raise ConfigError(f"resume_allow=[{key}] is no key of the config; {hint}")
 
 
 def described(changes: Sequence[Change]) -> str:

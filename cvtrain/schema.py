@@ -25,6 +25,8 @@ METRICS = {
     "val/top5": "max",
     "train/acc": "max",
     "train/grad_norm": "min",
+    "train/task": "min",
+    "train/distillation": "min",
     "train/loss": "min",
 }
 """Metrics that can be monitored, and whether more or less is better."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from cvtrain import runs
 from cvtrain.core.files import storage_error, sweep, to_json_line
-from cvtrain.errors import EXIT_SIGINT, CvtrainError, Interrupted, OutOfMemoryError, WorkerError
+from cvtrain.errors import EXIT_SIGINT, EXIT_SIGTERM, CvtrainError, Interrupted, OutOfMemoryError, WorkerError
 
 STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
@@ -61,12 +64,42 @@ def execute(
     started = time.monotonic()
     outcome = Outcome(run=str(folder), status="failed", exit_code=1)
     try:
-        with runs.locked(folder):
-            outcome = _execute_locked(config, folder, trusted, choices, explained)
+        with runs.locked(folder), held_signals() as signals:
+            outcome = _execute_locked(config, folder, trusted, choices, explained, signals)
     except CvtrainError as error:  # the lock, or a disk on which not even the status can be written
         outcome.status, outcome.exit_code, outcome.error = runs.ending(error)[0], error.exit_code, error
     outcome.seconds = time.monotonic() - started
     return outcome
+
+
+class HeldSignals:
+    """What SIGINT and SIGTERM do outside of the training: end the run, but not what it writes at its end."""
+
+    over = False
+    """Whether only that is left."""
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal.
+
+        Raises:
+            Interrupted: Unless the run is over.
+        """
+        if self.over:
+            return
+        code = EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM
+        raise Interrupted(f"stopped by {signal.Signals(number).name}; no training step was lost.", code)
+
+
+@contextlib.contextmanager
+def held_signals() -> Iterator[HeldSignals]:
+    """Take over SIGINT and SIGTERM, until the training has handlers of its own and behind it."""
+    handler = HeldSignals()
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield handler
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _execute_locked(
@@ -75,6 +108,7 @@ def _execute_locked(
     trusted: list[str],
     choices: dict[str, str],
     explained: Callable[[BaseException], BaseException],
+    signals: HeldSignals,
 ) -> Outcome:
     outcome = Outcome(run=str(folder), status="done", exit_code=0)
     sweep(folder)
@@ -83,9 +117,11 @@ def _execute_locked(
         from cvtrain.command.train import train
 
         result = train(config, folder, trusted, choices)
+        signals.over = True
         outcome.metrics, outcome.artifacts, outcome.data = result.metrics, result.artifacts, result.data
         runs.write_status(folder, "done", 0)
     except BaseException as caught:  # also KeyboardInterrupt outside the loop
+        signals.over = True
         error = _known(explained(caught), folder)
         state, retryable = runs.ending(error)
         runs.write_status(folder, state, error.exit_code, str(error), retryable)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import signal
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from cvtrain import runs
 from cvtrain.command.handover import quoted, to_hydra
-from cvtrain.command.job import Outcome, execute
+from cvtrain.command.job import Outcome, execute, held_signals
 from cvtrain.command.single import choose_folder, report, run_parent, settled, tell_finished
 from cvtrain.core import distributed, launch
 from cvtrain.core.files import write_json
-from cvtrain.errors import EXIT_SIGINT, EXIT_SIGTERM, CvtrainError, DivergedError, Interrupted
+from cvtrain.errors import CvtrainError, DivergedError, Interrupted
 
 LAUNCH = "launch.json"
 
@@ -35,7 +32,7 @@ def run(
     Raises:
         CvtrainError: In the first process, before the run has a folder.
     """
-    with _signals() as signals:
+    with held_signals() as signals:
         try:
             distributed.init(config["device"], config["dist_timeout_s"])
             folder, done = distributed.shared(lambda: _begin(config, choices))
@@ -56,7 +53,7 @@ def run(
                 args,
                 parser,
                 "train",
-                lambda _: outcomes.append(execute(config, own, trusted, choices, signals.explained)),
+                lambda _: outcomes.append(execute(config, own, trusted, choices, distributed.explained)),
             )
             signals.over = True
             return _end(outcomes[0], own, folder, config)
@@ -109,31 +106,3 @@ def _failed(folder: Path, error: CvtrainError | None) -> Outcome:
 def _report(outcome: Outcome, folder: Path, config: dict[str, Any]) -> None:
     report(outcome, bool(config["json"]))
     sys.stdout.flush()
-
-
-class _Signals:
-    """What SIGINT and SIGTERM do outside of the training: end the process, but not what it writes at its end."""
-
-    over = False
-
-    def explained(self, error: BaseException) -> BaseException:
-        """Return what ended the run, undisturbed."""
-        self.over = True
-        return distributed.explained(error)
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.over:
-            return
-        code = EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM
-        raise Interrupted(f"stopped by {signal.Signals(number).name}; no training step was lost.", code)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Signals]:
-    handler = _Signals()
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield handler
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

@@ -14,7 +14,7 @@ from cvtrain.command.handover import quoted, to_hydra
 from cvtrain.command.job import Outcome, execute
 from cvtrain.compose import group_choices
 from cvtrain.core import launch
-from cvtrain.errors import EXIT_OK, ConfigError
+from cvtrain.errors import EXIT_OK, ConfigError, LockedError
 
 
 def run(
@@ -50,7 +50,11 @@ def report(outcome: Outcome, as_json: bool) -> int:
     """Print the error, how to go on, and the last line; return the exit code."""
     if outcome.error is not None:
         sys.stderr.write(f"cvtrain: {outcome.error}\n")
-        if outcome.error.retryable and (Path(outcome.run) / "weights" / "last.safetensors").exists():
+        if (
+            outcome.error.retryable
+            and not isinstance(outcome.error, LockedError)
+            and (Path(outcome.run) / "weights" / "last.safetensors").exists()
+        ):
             sys.stderr.write("Go on where it stopped with the same command and resume=auto\n")
     sys.stdout.write((outcome.json_line() if as_json else outcome.run) + "\n")
     return outcome.exit_code
@@ -64,9 +68,9 @@ def run_parent(config: dict[str, Any], choices: dict[str, str]) -> Path:
 def choose_folder(config: dict[str, Any], choices: dict[str, str]) -> Path:
     """Return the run folder: a new one, or the one that `resume` means.
 
-    `resume=auto` takes the newest run that goes on with this config as it is, then the newest that does with
-    `resume_allow`. It refuses nothing, since a grid of configs shares a name: without such a run it starts a new one,
-    and says what keeps it from the unfinished one.
+    `resume=auto` takes the newest run of this config, then the newest that goes on with it, with more epochs for
+    instance, then the newest that does with `resume_allow`. It refuses nothing, since a grid of configs shares a name:
+    without such a run it starts a new one, and says what keeps it from the unfinished one.
 
     Raises:
         ConfigError: `resume` names no run folder, or `resume_allow` no key.
@@ -88,10 +92,13 @@ def choose_folder(config: dict[str, Any], choices: dict[str, str]) -> Path:
         for folder, manifest in runs.newest_first(parent)
         if "config" in manifest
     ]
-    for allowed in ((), config["resume_allow"]):
-        fitting = [folder for folder, changes in others if not resume.blocking(changes, allowed)]
-        if fitting:
-            return fitting[0]
+    same = [folder for folder, changes in others if not resume.asks_for_more(changes)]
+    longer = [folder for folder, changes in others if not resume.blocking(changes)]
+    allowed = [folder for folder, changes in others if not resume.blocking(changes, config["resume_allow"])]
+    for folder in (*same, *longer, *allowed):
+        if runs.is_finished(folder) and folder not in same:
+            sys.stderr.write(f"cvtrain: going on with {folder}, which was finished: this command asks it for more\n")
+        return folder
     _tell_nearest(others)
     return runs.create_folder(parent)
 
@@ -121,8 +128,7 @@ def settled(folder: Path, config: dict[str, Any]) -> Outcome | None:
     old = runs.read_json(folder / runs.MANIFEST).get("config")
     if old is None:
         return None
-    changes = resume.check(folder, old, config)
-    more = any(change.effect in (resume.Effect.ENDING, resume.Effect.TRAINING) for change in changes)
+    more = resume.asks_for_more(resume.check(folder, old, config))
     return finished_outcome(folder) if runs.is_finished(folder) and not more else None
 
 

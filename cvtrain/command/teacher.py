@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
+from cvtrain import runs
 from cvtrain.build import Builder
 from cvtrain.command import deployed
 from cvtrain.core.complexity import count_params
 from cvtrain.core.files import sha256
 from cvtrain.core.types import DataSets
 from cvtrain.distillation import Teacher
+from cvtrain.engine.checkpoint import BEST, LAST, PREVIOUS
 from cvtrain.engine.run import TrainRun
 from cvtrain.errors import ConfigError, WeightsError
-from cvtrain.runs import read_json
 
 log = logging.getLogger("cvtrain")
 
@@ -43,7 +44,7 @@ def load_teacher(builder: Builder, sets: DataSets, device: torch.device, folder:
             f"distillation.teacher={given} is this run itself; name another one, or start this one with resume=none."
         )
     digest = sha256(path)
-    files = read_json(path.parent / "manifest.json").get("files")
+    files = runs.read_json(path.parent / "manifest.json").get("files")
     if isinstance(files, dict) and digest not in files.get(path.name, [digest]):
         raise WeightsError(
             f"distillation.teacher: {path} is damaged: its SHA-256 is not the one in manifest.json beside it.\n"
@@ -82,9 +83,13 @@ def refuse_another_teacher(run: TrainRun, config: dict[str, Any]) -> None:
 
 def _file(given: Path) -> Path:
     path = given / "weights" / "model.safetensors" if given.is_dir() else given
+    if path.name in (LAST, PREVIOUS, BEST):
+        raise WeightsError(
+            f"distillation.teacher={given} is a checkpoint; give the run's folder, or its weights/model.safetensors."
+        )
     if path.is_file():
         return path
-    if given.is_dir():
+    if (given / runs.MANIFEST).is_file():
         raise WeightsError(
             f"distillation.teacher={given} has no weights/model.safetensors. Let that run finish: the same command "
             "with resume=auto."

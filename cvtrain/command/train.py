@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from cvtrain.build import Builder, lay_out
 from cvtrain.command import continuation, debugging, processes
 from cvtrain.command.artifacts import make_artifacts
 from cvtrain.command.provenance import deployment_metadata, environment, fingerprint, write_manifest
-from cvtrain.command.results import Evaluation, write_results
+from cvtrain.command.results import Evaluation, write_csv, write_results
 from cvtrain.command.teacher import load_teacher, refuse_another_teacher
 from cvtrain.core import distributed, weights
 from cvtrain.core.complexity import count_params
@@ -114,6 +115,7 @@ def train(config: dict[str, Any], folder: Path, trusted: list[str], choices: dic
                 run.tracker = builder.build("logger", folder=folder, purge_step=first_step)
                 show_batch(run, folder, sets.class_names)
                 show_schedule(run, folder)
+                run.checkpoints.committed = lambda: _tell_progress(run, folder)
             debugging.attach(run, config, folder, console)
             fit(run)
             debugging.tell_times(run, config, choices, console)
@@ -123,6 +125,12 @@ def train(config: dict[str, Any], folder: Path, trusted: list[str], choices: dic
         finally:
             run.timer.close()
             run.tracker.close()
+
+
+def _tell_progress(run: TrainRun, folder: Path) -> None:
+    """Say in the run folder how far the run has come."""
+    runs.write_status(folder, "running", None)
+    write_csv(folder / "results.csv", [{"epoch": i + 1, **row} for i, row in enumerate(list(run.state.history))])
 
 
 def _load(builder: Builder, folder: Path) -> tuple[DataSets, Any]:
@@ -166,7 +174,6 @@ def build_run(builder: Builder, sets: DataSets, device: torch.device, folder: Pa
     loader = builder.loader(sets, device, augmentation.crop)
     regularizers = list(builder.build_each("regularizer").values())
     task = builder.task(sets, regularizers, device)
-    _check_monitor(config["monitor"], task, sets.num_classes)
     model = builder.model(sets)
     for regularizer in regularizers:
         regularizer.attach(model, sets.preprocess.shape)
@@ -176,6 +183,7 @@ def build_run(builder: Builder, sets: DataSets, device: torch.device, folder: Pa
     averaging = builder.build("averaging")
     averaging.begin(model)
     distillation = builder.distillation(task, load_teacher(builder, sets, device, folder))
+    _check_monitor(config["monitor"], task, distillation.terms, sets.num_classes)
     for group in ("compression", "export"):  # built again when they are due; wrong settings are told now
         builder.build_each(group)
     accepted = runs.read_json(folder / runs.MANIFEST).get("config_hashes", [])
@@ -251,9 +259,9 @@ def _resizing(builder: Builder, sets: DataSets, model: nn.Module, device: torch.
     return resizing
 
 
-def _check_monitor(monitor: str, task: Task, num_classes: int) -> None:
+def _check_monitor(monitor: str, task: Task, terms: Sequence[str], num_classes: int) -> None:
     measured = task.metrics(torch.device("cpu")).compute()
-    names = ["train/loss", "train/acc", "train/grad_norm", *(f"val/{name}" for name in measured)]
+    names = [*(f"train/{name}" for name in (*TERMS, *terms, "grad_norm")), *(f"val/{name}" for name in measured)]
     if monitor not in names:
         raise ConfigError(
             f"monitor={monitor} is not measured by this task on {num_classes} classes; "

@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ class CheckpointStore:
     origin: dict[str, Any] = field(default_factory=dict)
     _whole: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each file that this process has written, or read and found whole."""
+    committed: Callable[[], object] = lambda: None
+    """Called by the writing thread when a checkpoint is on the disk."""
     _writer: threading.Thread | None = None
     _failure: BaseException | None = None
 
@@ -107,6 +109,8 @@ class CheckpointStore:
                 if not is_full(error) or not self._purge():
                     raise
                 self._commit(tensors, metadata, best)
+            with contextlib.suppress(OSError, StorageError):  # the checkpoint stands all the same
+                self.committed()
         except BaseException as error:
             self._failure = error
 

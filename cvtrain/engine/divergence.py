@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
@@ -9,8 +10,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from cvtrain.core import distributed
 from cvtrain.engine.run import TrainRun
 from cvtrain.errors import DivergedError
+
+log = logging.getLogger("cvtrain")
 
 
 def check_finite(run: TrainRun, sums: list[float]) -> None:
@@ -30,7 +34,7 @@ def check_finite(run: TrainRun, sums: list[float]) -> None:
     if options.on_nan == "stop" and good < taken:
         step = state.step - taken + good
         raise DivergedError(
-            f"the loss or its gradient was not finite at epoch {state.epoch + 1}, step {step}, lr "
+            f"the loss or its gradient was not finite at epoch {state.epoch + 1}, step {step + 1}, lr "
             f"{run.schedule.lr(*run.clock(step)):.3g}; the weights and the last checkpoint are from before.\n"
             "Lower optimizer.lr, set clip_grad_norm=1.0, or use precision=fp32; diverged.json names the pictures.",
             step=step,
@@ -48,7 +52,10 @@ def keeping_the_batch(run: TrainRun) -> Iterator[None]:
         yield
     except DivergedError as error:
         if error.step is not None:
-            _keep(run, error.step, error.batch)
+            try:
+                _keep(run, error.step, error.batch)
+            except Exception as cause:
+                log.warning("the pictures of the step could not be kept: %s", cause)
         raise
 
 
@@ -68,10 +75,11 @@ def _keep(run: TrainRun, step: int, first: int) -> None:
             with torch.no_grad(), run.precision.autocast():
                 losses.append(str(float(run.task.losses(run.model, images, targets)["loss"])))
     document = {
-        "step": step,
-        "epoch": state.epoch,
+        "step": step + 1,
+        "epoch": state.epoch + 1,
         "lr": run.schedule.lr(*run.clock(step)),
         "seed": options.seed,
+        "process": f"{distributed.rank() + 1} of {distributed.world_size()}",
         "losses_with_these_weights": losses,
         "pictures": pictures,
     }

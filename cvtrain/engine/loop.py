@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -17,8 +18,11 @@ from cvtrain.core.random import seed_torch, step_seed
 from cvtrain.core.types import Batch
 from cvtrain.engine.divergence import check_finite, keeping_the_batch
 from cvtrain.engine.memory import halve_micro_batches
-from cvtrain.engine.ranks import SharedStop, average_buffers, in_step
+from cvtrain.engine.ranks import average_buffers, in_step
 from cvtrain.engine.run import Metrics, TrainRun
+from cvtrain.errors import DivergedError
+
+log = logging.getLogger("cvtrain")
 
 SETTLE_BATCHES = 20
 """Training batches that batch norm's statistics are measured on; Wu & Johnson find a few thousand pictures enough."""
@@ -67,6 +71,7 @@ def train_epoch(run: TrainRun, started: float) -> None:
             state.batch += len(micro_batches)
             state.seconds = time.monotonic() - started
             run.display.step(run)
+            run.stop.exchange()
             if state.step % options.log_every_steps == 0:
                 log_step(run)
             if state.batch < run.batches_per_epoch:
@@ -79,19 +84,19 @@ def train_step(run: TrainRun, micro_batches: list[Batch]) -> None:
     Nothing here waits for the device: a loss or gradient that is not finite is kept from the weights there.
     """
     state, options = run.state, run.options
-    agree = run.stop.agree if isinstance(run.stop, SharedStop) else None
     lr = run.schedule.lr(*run.clock(state.step))
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     statistics = saved_buffers(run)
     total = sum(len(batch) for batch in micro_batches)
     everywhere = total if distributed.world_size() == 1 else whole_batches(run, len(micro_batches))
-    terms = None
-    while terms is None:  # memory may run out, and smaller parts help
-        terms = accumulate(run, micro_batches, total, balance=total * distributed.world_size() / everywhere)
+    balance = total * distributed.world_size() / everywhere
+    while (terms := accumulate(run, micro_batches, total, balance)) is None:  # memory ran out, and smaller parts help
+        for buffer, before in statistics:
+            buffer.copy_(before)
     with run.timer.phase("optimizer"):
         norm = run.precision.clip(run.optimizer, options.clip_grad_norm, options.clip_grad_value)
-        halt = state.add(terms, norm, total, sticky=options.on_nan == "stop", agree=agree)
+        halt = state.add(terms, norm, total, sticky=options.on_nan == "stop")
         run.precision.step(run.optimizer, halt)
         run.optimizer.zero_grad(set_to_none=True)
     average_buffers(run.model)
@@ -150,8 +155,9 @@ def accumulate(run: TrainRun, micro_batches: list[Batch], total: int, balance: f
 
 
 def in_parts(images: Tensor, targets: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Return a micro-batch in so many parts, as equal as they can be."""
-    if count == 1:
+    """Return a micro-batch in so many parts, as equal as they can be, none of them of one picture."""
+    count = min(count, len(images) // 2)
+    if count <= 1:
         return [(images, targets)]
     return list(zip(images.tensor_split(count), targets.tensor_split(count), strict=True))
 
@@ -166,14 +172,13 @@ def log_step(run: TrainRun) -> None:
     state = run.state
     check_finite(run, state.read())
     sums = state.totals()
-    if isinstance(run.stop, SharedStop):
-        run.stop.exchange()
+    values: dict[str, float] = {}
     if sums[-2] > state.logged[-2]:
         recent = [now - before for now, before in zip(sums, state.logged, strict=True)]
-        run.tracker.scalars({f"{name}_step": value for name, value in state.means(recent).items()}, state.step)
+        values = {f"{name}_step": value for name, value in state.means(recent).items()}
     began, images = state.logged_at
     rate = (state.images - images) / max(state.seconds - began, 1e-9)
-    run.tracker.scalars({"lr_step": _last_lr(run), "images_per_s_step": rate}, state.step)
+    run.tracker.scalars({**values, "lr_step": _last_lr(run), "images_per_s_step": rate}, state.step)
     state.logged, state.logged_at = sums, (state.seconds, state.images)
 
 
@@ -181,11 +186,22 @@ def run_means(run: TrainRun) -> dict[str, float]:
     """Return the means of the epoch that ends.
 
     Raises:
-        DivergedError: A loss or gradient was not finite.
+        DivergedError: A loss or gradient was not finite, or with on_nan=skip none was finite.
     """
     check_finite(run, run.state.read())
     sums = run.state.totals()
+    if sums[-1] == 0:
+        raise DivergedError(
+            f"no step of epoch {run.state.epoch + 1} had a finite loss and gradient; the last checkpoint is from "
+            "before.\n"
+            "Lower optimizer.lr, set clip_grad_norm=1.0, or use precision=fp32."
+        )
     skipped = run.steps_per_epoch - round(sums[-1])
+    if skipped:
+        log.warning(
+            "epoch %d: %d of %d steps had a loss or gradient that was not finite, and were skipped",
+            *(run.state.epoch + 1, skipped, run.steps_per_epoch),
+        )
     return {**run.state.means(sums), **({"train/skipped": float(skipped)} if skipped else {})}
 
 
@@ -216,8 +232,9 @@ def settle_batch_norm(run: TrainRun, model: nn.Module) -> None:
 
 
 def saved_buffers(run: TrainRun) -> list[tuple[Tensor, Tensor]]:
-    """Return the model's buffers with copies, where a step that is not finite will be skipped and not end the run."""
-    return [(b, b.clone()) for b in run.model.buffers()] if run.options.on_nan == "skip" else []
+    """Return the model's buffers with copies, where a step may be left out or taken again, and the run goes on."""
+    needed = run.options.on_nan == "skip" or run.options.on_oom == "microbatch"
+    return [(b, b.clone()) for b in run.model.buffers()] if needed else []
 
 
 def save(run: TrainRun, best: bool) -> None:
@@ -228,7 +245,9 @@ def save(run: TrainRun, best: bool) -> None:
         Interrupted: After the save, when a signal has arrived.
     """
     check_finite(run, run.state.read())
-    run.stop.save_now = False
+    if run.stop.save_now:
+        log.info("SIGUSR1: a checkpoint of step %d", run.state.step)
+        run.stop.save_now = False
     with run.timer.phase("checkpoint"):
         run.checkpoints.save(run, best=best)
     if run.stop.requested:
@@ -250,14 +269,26 @@ def save_if_due(run: TrainRun) -> None:
 def evaluate(run: TrainRun, split: str, model: nn.Module | None = None) -> Metrics:
     """Measure `model`, or the one to be deployed, on `val` or `test`."""
     with run.timer.phase("evaluate"):
-        return evaluate_model(run, model or run.deployed, split)[0]
+        return evaluate_model(run, model or run.deployed, split, keep=False)[0]
 
 
 @torch.inference_mode()
-def evaluate_model(run: TrainRun, model: nn.Module, split: str, full_precision: bool = False) -> tuple[Metrics, Tensor]:
-    """Return the metrics and the logits `(N, K)` float32 on the CPU, N in the split's order.
+def evaluate_model(
+    run: TrainRun, model: nn.Module, split: str, full_precision: bool = False, keep: bool = True
+) -> tuple[Metrics, Tensor]:
+    """Measure `model` on a split.
 
     Each process looks at its part, and all return the same: the metrics of one process that has these logits.
+
+    Args:
+        run: The run.
+        model: The network; its mode is left as it was.
+        split: `val` or `test`.
+        full_precision: Whether to compute in float32, whatever the run's precision.
+        keep: Whether the logits are wanted; otherwise a process by itself does not collect them.
+
+    Returns:
+        The metrics, and the logits `(N, K)` float32 on the CPU in the split's order, or `(0,)`.
     """
     was_training = model.training
     model.eval()
@@ -267,18 +298,23 @@ def evaluate_model(run: TrainRun, model: nn.Module, split: str, full_precision: 
     alone = distributed.world_size() == 1
     with closing(run.loader.eval_batches(split, limit=run.options.limit_eval_batches)) as batches:
         for batch in in_step(run.stop, batches):
+            if run.stop.requested and run.stop.deferring:  # a resume evaluates again
+                save(run, best=False)
+            if batch is None:
+                continue
             with torch.autocast(run.device.type, enabled=False) if full_precision else run.precision.autocast():
                 output = model(run.eval_images(batch))
             if alone:
                 metrics.update(output, batch.targets)
             else:
                 targets.append(batch.targets)
-            logits.append(output.float())
-            if run.stop.requested:  # only while training: a resume evaluates again
-                save(run, best=False)
+            if keep or not alone:
+                logits.append(output.float())
     model.train(was_training)
+    if alone:
+        return metrics, torch.cat(logits).cpu() if logits else torch.empty(0)
     gathered = distributed.gather(torch.cat(logits) if logits else None)
-    if not alone:
+    if len(gathered):
         labels, size = distributed.gather(torch.cat(targets) if targets else None), run.loader.batch_total(0)
         for k in range(0, len(labels), size):  # the batches of one process by itself
             metrics.update(gathered[k : k + size].to(run.device), labels[k : k + size].to(run.device))
@@ -291,8 +327,10 @@ def ending(run: TrainRun) -> Iterator[None]:
     try:
         yield
     finally:
-        run.display.end()
-        run.checkpoints.wait()
+        try:
+            run.display.end()
+        finally:
+            run.checkpoints.wait()
 
 
 def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

@@ -31,7 +31,7 @@ def halve_micro_batches(run: TrainRun, error: BaseException, largest: int) -> bo
         Whether to try again.
     """
     state = run.state
-    if run.options.on_oom != "microbatch" or not out_of_memory(error) or 2 * state.parts > largest:
+    if run.options.on_oom != "microbatch" or not out_of_memory(error) or 4 * state.parts > largest:
         return False
     state.parts *= 2
     run.optimizer.zero_grad(set_to_none=True)

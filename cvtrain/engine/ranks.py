@@ -7,10 +7,10 @@ from types import FrameType
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cvtrain.core import distributed
-from cvtrain.engine.signals import StopRequest, _interrupted
+from cvtrain.engine.signals import StopRequest, interrupted
 
 Item = TypeVar("Item")
 
@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 class SharedStop(StopRequest):
     """A request that reaches one process and counts when all know of it, so that they stop after the same step.
 
-    On a CPU they agree at every step; on an accelerator, which nobody wants to wait for, at every log.
+    They talk about it at every step, over the network and never by way of an accelerator, which nobody waits for.
     """
 
     _agreed = 0
@@ -46,52 +46,30 @@ class SharedStop(StopRequest):
             Interrupted: With exit code 130 or 143, in every process.
         """
         if self._agreed:
-            raise _interrupted(self._agreed, "the checkpoint is written")
-
-    def agree(self, flag: Tensor) -> Tensor:
-        """Return the largest `flag`, a scalar on the device, of all processes; on a CPU they also hear of requests."""
-        if flag.device.type != "cpu":
-            return distributed.largest(flag.clone())
-        agreed, *requests = distributed.largest(torch.tensor([float(flag), *self._requests()])).tolist()
-        self._hear(*requests)
-        return flag.new_tensor(agreed)
+            raise interrupted(self._agreed, "the checkpoint is written")
 
     def exchange(self, more: bool = False) -> bool:
         """Hear of requests; return whether `more` is true anywhere."""
-        any_more, *requests = distributed.largest(torch.tensor([float(more), *self._requests()])).tolist()
-        self._hear(*requests)
-        return bool(any_more)
-
-    def _requests(self) -> tuple[float, float]:
-        return float(self._signal or 0), float(self._save_asked)
-
-    def _hear(self, number: float, save: float) -> None:
+        mine = torch.tensor([float(more), float(self._signal or 0), float(self._save_asked)])
+        any_more, number, save = distributed.largest(mine).tolist()
         self._agreed = int(number)
         if self._agreed:
             distributed.expect_end()
         self._save_agreed = bool(save)
+        return bool(any_more)
 
     def _save(self, number: int, frame: FrameType | None) -> None:
         self._save_asked = True
 
 
-def make_stop(stop: type[StopRequest] = StopRequest) -> type[StopRequest]:
-    """Return the kind of stop request that this run needs."""
-    return SharedStop if distributed.world_size() > 1 else stop
-
-
-def in_step(stop: StopRequest, items: Iterable[Item]) -> Iterator[Item]:
-    """Yield `items`, and stay with the other processes until the last has no more of its own."""
-    if not isinstance(stop, SharedStop):
-        yield from items
-        return
+def in_step(stop: StopRequest, items: Iterable[Item]) -> Iterator[Item | None]:
+    """Yield `items`, then None until the last process has no more of its own, so that all hear of a request at once."""
     iterator = iter(items)
     while True:
         item = next(iterator, None)
         if not stop.exchange(more=item is not None):
             return
-        if item is not None:
-            yield item
+        yield item
 
 
 def average_buffers(model: nn.Module) -> None:

@@ -377,7 +377,6 @@ class TrainState:
         norm: Tensor,
         samples: int,
         sticky: bool,
-        agree: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Add a step's results, unless they are not finite; nothing is copied to the host.
 
@@ -386,16 +385,16 @@ class TrainState:
             norm: Scalar float32, of the gradient.
             samples: How many samples the step had in this process.
             sticky: Whether no later step counts either.
-            agree: Maps `halt` to the one that all processes stand still by; None: there is one process.
 
         Returns:
-            `halt`.
+            `halt`, the same in all processes.
         """
         row = torch.cat((terms, norm.reshape(1), *([self.halt.reshape(1)] if sticky else [])))
-        # Zero times what is not finite is not a number: a step of a tiny model has no time for a longer test.
+        # The factors are 0, and 1 for the old flag: 0·x is 0, but 0·inf and 0·nan are nan. A step of a tiny model has
+        # no time for a longer test.
         self.halt = row.dot(_keeping(len(row), sticky, row.device)).nan_to_num(1.0)
-        if agree is not None:
-            self.halt = agree(self.halt)
+        if distributed.world_size() > 1:
+            self.halt = distributed.largest(self.halt.clone())
             row = torch.cat((terms, norm.reshape(1), self.halt.reshape(1)))
         self.unread.append((row, samples))
         return self.halt

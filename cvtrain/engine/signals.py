@@ -49,6 +49,15 @@ class StopRequest:
         """Return whether a signal has arrived."""
         return self._signal is not None
 
+    @property
+    def deferring(self) -> bool:
+        """Return whether signals are held back, that is, whether a run is training."""
+        return self._deferring
+
+    def exchange(self, more: bool = False) -> bool:
+        """Hear of other processes' requests, where there are any; return whether `more` is true anywhere."""
+        return more
+
     def check(self) -> None:
         """Leave when a signal has arrived; call this right after a save.
 
@@ -56,7 +65,7 @@ class StopRequest:
             Interrupted: With exit code 130 or 143.
         """
         if self._signal is not None:
-            raise _interrupted(self._signal, "the checkpoint is written")
+            raise interrupted(self._signal, "the checkpoint is written")
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -66,6 +75,9 @@ class StopRequest:
             yield
         finally:
             self._deferring = before
+        if not before:  # one may have come since the last save
+            self.exchange()
+            self.check()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:
@@ -79,7 +91,7 @@ class StopRequest:
         self._deadline.daemon = True
         self._deadline.start()
         if not self._deferring:
-            raise _interrupted(number, "no training step was lost")
+            raise interrupted(number, "no training step was lost")
 
     def _leave(self, number: int, reason: str) -> None:
         """End the process without waiting for anything that may hang: not for a step, a worker or the disk."""
@@ -112,6 +124,7 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
 
-def _interrupted(number: int, state: str) -> Interrupted:
+def interrupted(number: int, state: str) -> Interrupted:
+    """Return what a run raises that signal `number` has ended."""
     name = signal.Signals(number).name
     return Interrupted(f"stopped by {name}; {state}.", _CODES[signal.Signals(number)])

@@ -52,6 +52,7 @@ class Precision:
     def setup(self, device: torch.device, model: nn.Module, loss: Loss) -> None:
         """Settle the format for `device`; `model` and `loss` are for a probe and are left as they were."""
         self.device = device
+        _allow_tf32(False)  # also after another job of a sweep
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.scaled)
         self._skipped = torch.zeros((), device=device)
         self._skipped_in_a_row = torch.zeros((), device=device)
@@ -99,6 +100,9 @@ class Precision:
         _begin_momentum(optimizer)
         if self.scaled:
             before = self._scale().clone()
+            # The scaler knows of gradients only; a loss that is not finite must hold this step and later ones back too.
+            for found in self.scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+                found.copy_(torch.maximum(found, halt))
             self.scaler.step(optimizer)
             self.scaler.update()
             skipped = (self._scale() < before).float()
@@ -167,11 +171,6 @@ class Precision:
 
 class Fp32(Precision):
     """float32 throughout, without TensorFloat-32."""
-
-    def setup(self, device: torch.device, model: nn.Module, loss: Loss) -> None:
-        """Turn TensorFloat-32 off."""
-        super().setup(device, model, loss)
-        _allow_tf32(False)
 
 
 class Tf32(Precision):

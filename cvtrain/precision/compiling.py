@@ -28,6 +28,8 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
     lacking = _lacking(device)
     if lacking:
         raise ConfigError(f"compile=true: {lacking}, or use compile=false.")
+    # Sizes of batches and pictures: beyond its limit a run would not be compiled, and a resumed one would be.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     wrapped: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
     return wrapped
 

@@ -231,7 +231,7 @@ def test_a_finished_run_is_settled_until_more_is_asked_of_it(config, stored):
 
 
 def test_resume_allow_must_name_keys(config):
-    with pytest.raises(ConfigError, match="did you mean 'optimizer'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'optimizer\.lr'"):
         choose_folder(config(resume_allow=["optimzer.lr"]), CHOICES)
 
 

@@ -82,7 +82,7 @@ def test_the_weights_stay_those_of_before_however_late_the_host_looks(tmp_path, 
     expected = before_the_spoilt_step(tmp_path / "a", optimizer, model())
     run = make_run(tmp_path / "b", sets(22), model(), optimizer=optimizer, epochs=2, mix=False)
     start = weights_of(run)
-    with pytest.raises(DivergedError, match=r"(?s)not finite at epoch 2, step 4, lr .*clip_grad_norm=1\.0") as caught:
+    with pytest.raises(DivergedError, match=r"(?s)not finite at epoch 2, step 5, lr .*clip_grad_norm=1\.0") as caught:
         fit(run)
     assert caught.value.exit_code == 5
     assert run.state.step == SPOILT_AT + 2  # the whole epoch had passed
@@ -100,7 +100,7 @@ def test_the_pictures_of_the_step_are_kept(tmp_path):
     with pytest.raises(DivergedError):
         fit(run)
     told = json.loads((tmp_path / "diverged.json").read_text())
-    assert (told["step"], told["epoch"]) == (SPOILT_AT, 1)
+    assert (told["step"], told["epoch"]) == (SPOILT_AT + 1, 2)
     batches = list(run.loader.train_batches(1))[2:4]
     assert told["pictures"] == [str(i) for batch in batches for i in batch.indices]
     assert len(told["losses_with_these_weights"]) == 2
