@@ -255,10 +255,8 @@ class CheckpointStore:
             "parts": state.parts,
             "logged": state.logged,
             "history": state.history,
-            "monitor": run.monitor.state(),
             "schedule": run.schedule.state(),
             "precision": run.precision.state(),
-            "threads": torch.get_num_threads(),
             "optimizer_scalars": _optimizer_scalars(run),
             **self.fixed,
         }
@@ -345,7 +343,7 @@ def _load(run: TrainRun, tensors: dict[str, Tensor], document: dict[str, Any], r
     state.seconds, state.images, state.history = document["seconds"], document["images"], document["history"]
     state.logged, state.parts = document["logged"], document["parts"]
     state.load_sums(tensors["state/sums"])
-    run.monitor.load_state(document["monitor"])
+    run.monitor.replay(state.history)
     if "scheduler" not in replaced:
         run.schedule.load_state(document["schedule"])
     if "precision" not in replaced:

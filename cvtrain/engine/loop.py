@@ -173,13 +173,13 @@ def log_step(run: TrainRun) -> None:
     check_finite(run, state.read())
     sums = state.totals()
     values: dict[str, float] = {}
-    if sums[-2] > state.logged[-2]:
-        recent = [now - before for now, before in zip(sums, state.logged, strict=True)]
+    if sums[-2] > state.logged[-1]:
+        recent = [now - before for now, before in zip(sums, (*state.logged, 0.0), strict=True)]
         values = {f"{name}_step": value for name, value in state.means(recent).items()}
     began, images = state.logged_at
     rate = (state.images - images) / max(state.seconds - began, 1e-9)
     run.tracker.scalars({**values, "lr_step": _last_lr(run), "images_per_s_step": rate}, state.step)
-    state.logged, state.logged_at = sums, (state.seconds, state.images)
+    state.logged, state.logged_at = sums[:-1], (state.seconds, state.images)
 
 
 def run_means(run: TrainRun) -> dict[str, float]:

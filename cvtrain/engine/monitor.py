@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 class Monitor:
@@ -45,16 +46,7 @@ class Monitor:
             self.best, self.best_epoch, self.best_row = value, epoch, dict(row)
         return is_best
 
-    def state(self) -> dict[str, object]:
-        """Return what a checkpoint keeps."""
-        return {
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "best_row": self.best_row,
-            "bad_epochs": self.bad_epochs,
-            "reference": self.reference,
-        }
-
-    def load_state(self, state: dict[str, object]) -> None:
-        """Take back `state`."""
-        self.__dict__.update({key: state[key] for key in ("best", "best_epoch", "best_row", "bad_epochs", "reference")})
+    def replay(self, history: Sequence[dict[str, float]]) -> None:
+        """Take in the rows of a run that goes on: what is best follows from them, and is stored nowhere else."""
+        for epoch, row in enumerate(history):
+            self.update(row, epoch)

@@ -341,7 +341,7 @@ class TrainState:
         step: Optimizer steps taken.
         batch: Micro-batches taken in the current epoch; a resume starts there.
         history: One row of metrics an epoch, what results.csv shows.
-        logged: `sums` at the last log within the epoch.
+        logged: `sums` at the last log within the epoch, but for the steps.
         logged_at: Seconds and pictures at the last log within the epoch, or at its begin.
         seconds: Time spent training, earlier parts of a resumed run included.
         waited: Seconds of the current epoch in which the loop waited for data.
@@ -369,7 +369,7 @@ class TrainState:
     def new(device: torch.device, terms: tuple[str, ...] = TERMS) -> TrainState:
         """Return the state of a run that has not begun."""
         sums = torch.zeros(len(terms) + 3, dtype=torch.float64)
-        return TrainState(sums, torch.zeros((), device=device), terms, logged=[0.0] * len(sums))
+        return TrainState(sums, torch.zeros((), device=device), terms, logged=[0.0] * (len(sums) - 1))
 
     def add(
         self,
@@ -450,7 +450,7 @@ class TrainState:
         self.history.append(row)
         self.epoch += 1
         self.batch = 0
-        self.logged = [0.0] * len(self.sums)
+        self.logged = [0.0] * (len(self.sums) - 1)
         self.sums.zero_()
         self.unread.clear()
 

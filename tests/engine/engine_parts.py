@@ -111,7 +111,7 @@ def snapshot(run):
         "scalars": scalars,
         "counters": (state.epoch, state.step, state.batch, state.images),
         "history": state.history,
-        "monitor": run.monitor.state(),
+        "monitor": dict(vars(run.monitor)),
         "schedule": run.schedule.state(),
     }
 

@@ -118,11 +118,10 @@ def test_a_checkpoint_within_an_epoch_is_written_every_so_many_steps(tmp_path):
 
 SPOILS = {
     "history": lambda v: [{**v[0], "val/loss": math.nextafter(v[0]["val/loss"], 9)}],
-    "monitor.best_row": lambda v: {**v, "val/acc": 2.0},
     "precision.format": lambda _: "bfloat16",
     "logged": lambda v: [v[0] + 1, *v[1:]],
 }
-NOT_STATE = {"format", "threads", "class_names", "precision.scaler"}  # the scaler: tests/precision
+NOT_STATE = {"format", "class_names", "precision.scaler"}  # the scaler: tests/precision
 
 
 def write_spoilt(store, tensors, document):
@@ -146,7 +145,7 @@ def test_every_field_of_a_checkpoint_is_taken_back(tmp_path):
     names = [f"{key}.{inner}" for key, value in document.items() if isinstance(value, dict) for inner in value]
     names += [key for key, value in document.items() if not isinstance(value, dict)]
     names = [name for name in names if name not in NOT_STATE]
-    assert {"epoch", "step", "batch", "images", "schedule.reductions", "monitor.bad_epochs", *SPOILS} < set(names)
+    assert {"epoch", "step", "batch", "images", "schedule.reductions", *SPOILS} < set(names)
     expected = seen(resumed(tmp_path))
     for name in names:
         spoilt = copy.deepcopy(document)
@@ -348,7 +347,7 @@ def test_a_checkpoint_of_another_format_is_passed_over(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("step", None), ("monitor", None), ("monitor", [1]), ("schedule", 3), ("optimizer_scalars", None)],
+    [("step", None), ("history", None), ("schedule", 3), ("optimizer_scalars", None)],
 )
 def test_a_document_that_lacks_a_field_or_has_another_kind_is_a_weights_error(tmp_path, name, value):
     run = make_run(tmp_path)
