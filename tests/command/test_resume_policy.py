@@ -230,6 +230,15 @@ def test_a_finished_run_is_settled_until_more_is_asked_of_it(config, stored):
     assert settled(folder, config()) is None
 
 
+def test_auto_prefers_the_finished_run_of_this_config_to_a_newer_one_that_it_could_lengthen(config, stored, capsys):
+    same = stored("a", config(epochs=2), finished=True)
+    longer = stored("b", config(epochs=1), finished=True)
+    assert choose_folder(config(epochs=2, resume="auto"), CHOICES) == same
+    assert capsys.readouterr().err == ""
+    assert choose_folder(config(epochs=3, resume="auto"), CHOICES) == longer
+    assert "which was finished: this command asks it for more" in capsys.readouterr().err
+
+
 def test_resume_allow_must_name_keys(config):
     with pytest.raises(ConfigError, match=r"did you mean 'optimizer\.lr'"):
         choose_folder(config(resume_allow=["optimzer.lr"]), CHOICES)

@@ -141,3 +141,18 @@ def test_statistics_of_a_skipped_step_are_taken_back(tmp_path):
     assert run.state.history[0]["train/skipped"] == 1.0
     assert all(torch.isfinite(value.float()).all() for value in run.model.state_dict().values())
     assert math.isfinite(run.state.history[-1]["val/loss"])
+
+
+def test_an_epoch_without_a_finite_step_ends_the_run_also_when_steps_may_be_skipped(tmp_path):
+    run = make_run(tmp_path, model=Spoilt(math.nan, range(99)), on_nan="skip", mix=False)
+    with pytest.raises(DivergedError, match="no step of epoch 1"):
+        fit(run)
+    assert not (tmp_path / "last.safetensors").exists()
+
+
+def test_pictures_that_cannot_be_kept_do_not_hide_that_the_run_diverged(tmp_path, caplog):
+    (tmp_path / "diverged.json").mkdir()
+    run = make_run(tmp_path / "weights", model=Spoilt(math.nan), mix=False)
+    with pytest.raises(DivergedError):
+        fit(run)
+    assert "could not be kept" in caplog.text

@@ -200,3 +200,17 @@ def test_training_does_not_depend_on_numpys_or_torchs_global_generators(tmp_path
         fit(run)
         results.append(snapshot(run))
     assert results[0] == results[1]
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run_and_not_the_checkpoint(tmp_path):
+    class Late(Watching):
+        def end(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = make_run(tmp_path, display=Late())
+    with run.stop, pytest.raises(Interrupted) as caught:
+        fit(run)
+    assert caught.value.exit_code == 143
+    again = make_run(tmp_path, weights_seed=3)
+    assert again.checkpoints.restore(again) == "last.safetensors"
+    assert snapshot(again)["tensors"] == snapshot(run)["tensors"]

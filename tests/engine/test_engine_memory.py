@@ -72,3 +72,17 @@ def test_other_errors_are_not_mistaken_for_it(tmp_path):
 
     with pytest.raises(RuntimeError, match="shapes"):
         fit(make_run(tmp_path, model=Broken(1), on_oom="microbatch"))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_short_last_micro_batch_is_cut_into_fewer_parts_none_of_one_picture(tmp_path, norm):
+    run = make_run(tmp_path, sets(22), network(norm=norm), mix=False, grad_accum_steps=1)  # batches of 4, the last of 2
+    run.state.parts = 4
+    fit(run)
+    assert run.state.step == 12
+
+
+def test_what_batch_norm_saw_before_memory_ran_out_is_taken_back(tmp_path):
+    run = hungry_run(tmp_path, 4, norm=True, on_oom="microbatch")
+    fit(run)
+    assert int(run.model.inner[1].num_batches_tracked) == 2 * run.state.step  # two parts a step

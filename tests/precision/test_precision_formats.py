@@ -370,3 +370,22 @@ def test_every_precision_option_builds_what_it_names():
         assert {k: v for k, v in vars(built).items() if k != "scaler"} == {
             k: v for k, v in vars(kind()).items() if k != "scaler"
         }
+
+
+def test_a_scaled_step_stands_still_after_a_loss_that_was_not_finite(problem):
+    precision = scaled(problem)
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    for halt, expected in ((1.0, [1.0, 1.0]), (0.0, [0.9, 0.9])):
+        precision.backward(weight.sum())
+        precision.clip(optimizer, None, None)
+        precision.step(optimizer, torch.tensor(halt))
+        optimizer.zero_grad()
+        assert weight.detach().tolist() == pytest.approx(expected)
+
+
+def test_tensorfloat_32_does_not_outlive_its_run(problem):
+    ready(Tf32(), problem)
+    assert torch.backends.cuda.matmul.allow_tf32
+    ready(Bf16(), problem)
+    assert not torch.backends.cuda.matmul.allow_tf32
