@@ -25,7 +25,7 @@ from cvtrain.errors import CvtrainError
 from cvtrain.resume import Effect, effect_of
 
 RICH = (
-    "averaging=ema", "scheduler=plateau", "scheduler.plateau_epochs=0", "min_delta=0.3", "optimizer=adamw",
+    "averaging=ema", "scheduler=plateau", "scheduler.plateau_epochs=1", "min_delta=5", "optimizer=adamw",
     "optimizer.lr=0.002", "grad_accum_steps=3", "save_every_steps=1", "log_every_steps=2", "logger=tensorboard",
     "max_time=1h", "aug=weak", "patience=9", "limit_train_batches=7", "batch_size=16",
 )  # fmt: skip
