@@ -190,6 +190,12 @@ class CheckpointStore:
                     f"{self.folder / name} was trained with another config; see args.yaml beside weights/.\n"
                     "Give the same overrides, or start a new run with resume=none."
                 )
+            for key in ("class_names", "preprocess"):
+                if document.get(key) != json.loads(json.dumps(self.fixed.get(key))):
+                    raise ConfigError(
+                        f"{self.folder / name} was trained with other {key} than this data has.\n"
+                        "Bring the data back as it was, or start a new run with resume=none."
+                    )
             return name, tensors, document
         if names:
             raise WeightsError(
