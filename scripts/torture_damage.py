@@ -83,6 +83,9 @@ def mutants(tensors: dict[str, torch.Tensor], document: dict[str, Any]) -> Itera
         node[path[-1]] = other(node[path[-1]])
         yield ".".join(map(str, path)), tensors, spoilt
     for name, value in tensors.items():
+        averaged = name.removeprefix("average/")
+        if averaged != name and f"model/{averaged}" in tensors and f"optimizer/{averaged}/exp_avg" not in tensors:
+            continue  # batch norm's statistics, measured anew before they are used
         flat = value.clone().reshape(-1)
         where = int(flat.abs().argmax())
         flat[where] = flat[where] + 1 if not flat.is_floating_point() else flat[where] * 1.25 + (flat[where] == 0)

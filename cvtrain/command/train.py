@@ -343,7 +343,9 @@ def conclude(builder: Builder, run: TrainRun, sets: DataSets, folder: Path, cons
     artifacts = [{k: v for k, v in dataclasses.asdict(row).items() if k != "note"} for row in rows]
     write_json(folder / "metrics.json", {**report, "artifacts": artifacts})
     finals = {name: results[name] for name in (run.monitor.name, "test/acc") if name in results}
-    run.tracker.hparams(flat(builder.config), {f"hparam/{name}": value for name, value in finals.items()})
+    # Behind the last step, so that a run which is killed here and concluded again hides them before it writes them.
+    behind = run.state.step + 1
+    run.tracker.hparams(flat(builder.config), {f"hparam/{name}": value for name, value in finals.items()}, behind)
     if failures:
         raise failures[0]
     return TrainResult(results, artifacts, counts)

@@ -274,7 +274,7 @@ class Tracker(Protocol):
         """Log one `(H, W, 3)` picture."""
         ...
 
-    def hparams(self, config: dict[str, Any], metrics: dict[str, float]) -> None:
+    def hparams(self, config: dict[str, Any], metrics: dict[str, float], step: int = 0) -> None:
         """Log the run's settings beside its results."""
         ...
 

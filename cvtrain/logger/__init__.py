@@ -28,7 +28,7 @@ class NoLogger:
     def figure(self, name: str, png: NDArray[np.uint8], step: int) -> None:
         """Drop a figure."""
 
-    def hparams(self, config: dict[str, Any], metrics: dict[str, float]) -> None:
+    def hparams(self, config: dict[str, Any], metrics: dict[str, float], step: int = 0) -> None:
         """Drop settings."""
 
     def flush(self) -> None:
@@ -98,7 +98,7 @@ class TensorBoard(JsonLines):
         """Log a `(H, W, 3)` uint8 picture."""
         self._try(lambda: self._writer and self._writer.add_image(name, png, step, dataformats="HWC"))
 
-    def hparams(self, config: dict[str, Any], metrics: dict[str, float]) -> None:
+    def hparams(self, config: dict[str, Any], metrics: dict[str, float], step: int = 0) -> None:
         """Log settings and final metrics for the HPARAMS page, in this folder rather than one of their own."""
         from torch.utils.tensorboard.summary import hparams
 
@@ -107,7 +107,7 @@ class TensorBoard(JsonLines):
         }
         for summary in hparams(plain, metrics):  # type: ignore[no-untyped-call]
             self._try(lambda s=summary: self._writer and self._writer.file_writer.add_summary(s))  # type: ignore[misc]
-        self._add_scalars(metrics, 0)
+        self._add_scalars(metrics, step)
 
     def flush(self) -> None:
         """Bring everything to the disk."""

@@ -50,7 +50,7 @@ class JsonLines:
     def figure(self, name: str, png: NDArray[np.uint8], step: int) -> None:
         """Drop a figure; it is a file of the run folder."""
 
-    def hparams(self, config: dict[str, object], metrics: dict[str, float]) -> None:
+    def hparams(self, config: dict[str, object], metrics: dict[str, float], step: int = 0) -> None:
         """Drop settings; args.yaml and metrics.json hold them."""
 
     def flush(self) -> None:
