@@ -57,7 +57,7 @@ def test_a_link_to_the_runs_own_folder_is_the_run_itself(tmp_path):
     ("given", "words"),
     [
         ("nowhere", "does not exist; give the folder"),
-        ("empty", "has no weights/model.safetensors. Let that run finish"),
+        ("empty", "holds no run; give the folder"),
     ],
 )
 def test_a_missing_teacher_is_refused_with_the_fix(given, words, tmp_path):
