@@ -95,6 +95,6 @@ def _file(given: Path) -> Path:
             "with resume=auto."
         )
     raise WeightsError(
-        f"distillation.teacher={given} {'holds no run' if given.is_dir() else 'does not exist'}; give the folder that a "
-        "run printed, or a model.safetensors."
+        f"distillation.teacher={given} {'holds no run' if given.is_dir() else 'does not exist'}; give the folder that "
+        "a run printed, or a model.safetensors."
     )
