@@ -220,7 +220,9 @@ def main() -> int:
     """Run the campaigns; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--kills", type=int, default=0, help="over all cases")
-    parser.add_argument("--mutate", action="store_true", help="spoil each field of a checkpoint")
+    parser.add_argument(
+        "--mutate", type=float, nargs="?", const=1.0, help="spoil each field of a checkpoint, or a share"
+    )
     parser.add_argument("--flips", type=int, default=0, help="single bits of a checkpoint to flip")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", default="", help="only the cases whose name contains this")
@@ -234,7 +236,7 @@ def main() -> int:
         if args.kills:
             right &= killing(args, place, rows)
         if args.mutate:
-            right &= mutations(place / "mutate", rows)
+            right &= mutations(place / "mutate", args.mutate, args.seed, rows)
         if args.flips:
             right &= flips(place / "flips", args.flips, args.seed, rows)
     if args.json:

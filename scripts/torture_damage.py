@@ -108,8 +108,8 @@ def told(folder: Path, skip: int) -> list[str]:
     return [line for line in tail(folder, 10**6).splitlines()[skip:] if "resume" in line]
 
 
-def mutations(place: Path, rows: list[dict[str, object]]) -> bool:
-    """Change each field of a checkpoint; say which changes the finished run does not show."""
+def mutations(place: Path, share: float, seed: int, rows: list[dict[str, object]]) -> bool:
+    """Change each field of a checkpoint, or a share of them; say which changes the finished run does not show."""
     place.mkdir()
     started, command = time.monotonic(), Command.parse(RICH)
     if finish(command, place / "whole") != 0 or ended(begin(command, place / "half", lambda: stop_after(SAVES))) != 77:
@@ -122,7 +122,10 @@ def mutations(place: Path, rows: list[dict[str, object]]) -> bool:
         print(f"WRONG: the unchanged checkpoint ends with {plain[0]} and differs in {same}")
         return False
     kinds: dict[str, list[str]] = {"differs": [], "refused": [], "told": [], "unnoticed": []}
+    chance = random.Random(f"{seed}/fields")
     for name, spoilt_tensors, spoilt_document in mutants(tensors, document):
+        if chance.random() >= share:
+            continue
         code, lines = resumed(command, place, "spoilt", spoilt_tensors, spoilt_document)
         if code != 0:
             kind = "unnoticed" if code in (None, 1) else "refused"

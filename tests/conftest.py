@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which a run ignores it, may have started the tests
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cvtrain-tests-")  # what a run remembers is not the user's
 
 

@@ -300,15 +300,21 @@ def wait_for_checkpoint(folder, process, epochs=1):
     raise AssertionError(f"no checkpoint; {process.communicate()[1]}")
 
 
+STOPPED = ("epochs=6", "threads=1", "compression=none", "export=none", "logger=none", "aug=mixup_cutmix")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    process = start(tmp_path_factory.mktemp("whole"), *STOPPED)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return Path(out.strip().splitlines()[-1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, number, code):
-    argv = ("epochs=10", "threads=1", "compression=none", "export=none", "logger=none", "aug=mixup_cutmix")
-    whole = start(tmp_path / ".", *argv, "output_dir=whole")
-    out, err = whole.communicate()
-    assert whole.returncode == 0, err
-    expected = Path(out.strip().splitlines()[-1])
-    process = start(tmp_path, *argv)
+def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, whole, number, code):
+    process = start(tmp_path, *STOPPED)
     folder = wait_for_checkpoint(tmp_path, process)
     process.send_signal(number)
     out, err = process.communicate()
@@ -318,13 +324,13 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, number, code):
         assert out.strip().splitlines()[-1] == str(folder)
         status = json.loads((folder / "status.json").read_text())
         assert (status["state"], status["exit_code"], status["retryable"]) == ("stopped", code, True)
-    resumed = start(tmp_path, *argv, "resume=auto")
+    resumed = start(tmp_path, *STOPPED, "resume=auto")
     out, err = resumed.communicate()
     assert resumed.returncode == 0, err
     assert out.strip().splitlines()[-1] == str(folder)
     assert "resume: goes on" in out
     for name in ("weights/model.safetensors", "results.csv", "predictions.csv"):
-        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 def test_every_verb_has_a_module_and_a_page(cvtrain):
