@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -85,11 +86,13 @@ class Augmentation:
             uint8 `(B, C, img_size, img_size)` on the device of `images`. A picture's result depends on
             (seed, epoch, its index) only, never on its batch. On a GPU the host does not wait for it.
         """
-        leave_out = cropped and self.crop is not None
-        with one_thread(images.device):
-            for key, op in list(self.sample.items())[leave_out:]:
+        operations = list(self.sample.items())[cropped and self.crop is not None :]
+        with one_thread(images.device) if operations else nullcontext():
+            for key, op in operations:
                 draw, resizing = _Draw(seed, epoch, indices, key), self._resizing.get(key)
                 images = op(images, draw) if resizing is None else resizing.to_size(images, draw, img_size)
+        if images.shape[-2:] == (img_size, img_size):
+            return images
         top, left = (images.shape[-2] - img_size) // 2, (images.shape[-1] - img_size) // 2
         return images[..., top : top + img_size, left : left + img_size]
 

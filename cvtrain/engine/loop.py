@@ -95,10 +95,12 @@ def train_step(run: TrainRun, micro_batches: list[Batch]) -> None:
         for buffer, before in statistics:
             buffer.copy_(before)
     with run.timer.phase("optimizer"):
-        norm = run.precision.clip(run.optimizer, options.clip_grad_norm, options.clip_grad_value)
-        halt = state.add(terms, norm, total, sticky=options.on_nan == "stop")
+        norms = run.precision.clip(run.optimizer, options.clip_grad_norm, options.clip_grad_value)
+        halt = state.add(terms, norms, total, sticky=options.on_nan == "stop")
         run.precision.step(run.optimizer, halt)
-        run.optimizer.zero_grad(set_to_none=True)
+        for group in run.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
     average_buffers(run.model)
     for buffer, before in statistics:
         buffer.copy_(torch.where(halt > 0, before, buffer))
@@ -112,7 +114,7 @@ def whole_batches(run: TrainRun, count: int) -> int:
     return sum(run.loader.batch_total(run.state.batch + i) for i in range(count))
 
 
-def accumulate(run: TrainRun, micro_batches: list[Batch], total: int, balance: float) -> Tensor | None:
+def accumulate(run: TrainRun, micro_batches: list[Batch], total: int, balance: float) -> list[Tensor] | None:
     """Accumulate the gradients of a step.
 
     Args:
@@ -122,12 +124,12 @@ def accumulate(run: TrainRun, micro_batches: list[Batch], total: int, balance: f
         balance: `total` over what it would be if all processes had equally many, whose gradients count alike.
 
     Returns:
-        The objective's terms `(T,)`, means over the samples, on the device; None when memory ran out and the step has
-        to be taken again in smaller parts.
+        The objective's T terms, scalars on the device, means over the samples; None when memory ran out and the step
+        has to be taken again in smaller parts.
     """
     state, options = run.state, run.options
     seed_torch(step_seed(options.seed, state.step, options.rank), run.device)  # dropout and stochastic depth
-    terms: list[Tensor] = []
+    terms: list[list[Tensor]] = []
     try:
         for i, batch in enumerate(micro_batches):
             with run.timer.phase("augment"):
@@ -143,7 +145,7 @@ def accumulate(run: TrainRun, micro_batches: list[Batch], total: int, balance: f
                         losses = run.distillation(run.task.losses(run.train_model, inputs, wanted), inputs)
                     with run.timer.phase("backward"):
                         run.precision.backward(weighted(losses["loss"], share * balance))
-                terms.append(weighted(torch.stack([losses[name].detach() for name in state.terms]), share))
+                terms.append([weighted(losses[name].detach(), share) for name in state.terms])
     except (RuntimeError, MemoryError) as error:
         # The others would wait for gradients of a step that is taken again.
         if distributed.world_size() > 1 or not halve_micro_batches(
@@ -151,7 +153,7 @@ def accumulate(run: TrainRun, micro_batches: list[Batch], total: int, balance: f
         ):
             raise
         return None
-    return functools.reduce(torch.add, terms)
+    return [functools.reduce(torch.add, parts) for parts in zip(*terms, strict=True)]
 
 
 def in_parts(images: Tensor, targets: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
@@ -173,13 +175,13 @@ def log_step(run: TrainRun) -> None:
     check_finite(run, state.read())
     sums = state.totals()
     values: dict[str, float] = {}
-    if sums[-2] > state.logged[-1]:
-        recent = [now - before for now, before in zip(sums, (*state.logged, 0.0), strict=True)]
+    if sums[-1] > state.logged[-1]:
+        recent = [now - before for now, before in zip(sums, state.logged, strict=True)]
         values = {f"{name}_step": value for name, value in state.means(recent).items()}
     began, images = state.logged_at
     rate = (state.images - images) / max(state.seconds - began, 1e-9)
     run.tracker.scalars({**values, "lr_step": _last_lr(run), "images_per_s_step": rate}, state.step)
-    state.logged, state.logged_at = sums[:-1], (state.seconds, state.images)
+    state.logged, state.logged_at = sums, (state.seconds, state.images)
 
 
 def run_means(run: TrainRun) -> dict[str, float]:

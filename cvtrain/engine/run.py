@@ -134,8 +134,8 @@ class Precision(Protocol):
         """Accumulate gradients."""
         ...
 
-    def clip(self, optimizer: torch.optim.Optimizer, norm: float | None, value: float | None) -> Tensor:
-        """Make the gradients ready for the step; return their norm before it was clipped, on the device."""
+    def clip(self, optimizer: torch.optim.Optimizer, norm: float | None, value: float | None) -> list[Tensor]:
+        """Make the gradients ready for the step; return norms of their parts before they were clipped by norm."""
         ...
 
     def step(self, optimizer: torch.optim.Optimizer, halt: Tensor) -> None:
@@ -341,13 +341,13 @@ class TrainState:
         step: Optimizer steps taken.
         batch: Micro-batches taken in the current epoch; a resume starts there.
         history: One row of metrics an epoch, what results.csv shows.
-        logged: `sums` at the last log within the epoch, but for the steps.
+        logged: `sums` at the last log within the epoch.
         logged_at: Seconds and pictures at the last log within the epoch, or at its begin.
         seconds: Time spent training, earlier parts of a resumed run included.
         waited: Seconds of the current epoch in which the loop waited for data.
         images: Pictures trained on, each as often as it was seen.
         parts: In how many parts each micro-batch is computed; more than 1 once memory has run out.
-        unread: What `add` was given since the last `read`: terms, norm and a sticky flag, on the device; samples.
+        unread: What `add` was given since the last `read`: whether to halt, terms and norms, on the device; samples.
     """
 
     sums: Tensor
@@ -369,44 +369,45 @@ class TrainState:
     def new(device: torch.device, terms: tuple[str, ...] = TERMS) -> TrainState:
         """Return the state of a run that has not begun."""
         sums = torch.zeros(len(terms) + 3, dtype=torch.float64)
-        return TrainState(sums, torch.zeros((), device=device), terms, logged=[0.0] * (len(sums) - 1))
+        return TrainState(sums, torch.zeros((), device=device), terms, logged=[0.0] * len(sums))
 
-    def add(
-        self,
-        terms: Tensor,
-        norm: Tensor,
-        samples: int,
-        sticky: bool,
-    ) -> Tensor:
+    def add(self, terms: list[Tensor], norms: list[Tensor], samples: int, sticky: bool) -> Tensor:
         """Add a step's results, unless they are not finite; nothing is copied to the host.
 
         Args:
-            terms: `(T,)` float32, means over the step's samples.
-            norm: Scalar float32, of the gradient.
+            terms: T scalars float32, means over the step's samples.
+            norms: Scalars float32: L2 norms of the gradient's parts.
             samples: How many samples the step had in this process.
             sticky: Whether no later step counts either.
 
         Returns:
             `halt`, the same in all processes.
         """
-        row = torch.cat((terms, norm.reshape(1), *([self.halt.reshape(1)] if sticky else [])))
-        # The factors are 0, and 1 for the old flag: 0·x is 0, but 0·inf and 0·nan are nan. A step of a tiny model has
-        # no time for a longer test.
-        self.halt = row.dot(_keeping(len(row), sticky, row.device)).nan_to_num(1.0)
+        factors, zero = _factors(1 + len(terms) + len(norms), self.halt.device)
+        row = torch.stack([self.halt if sticky else zero, *terms, *norms])
+        # The factors are 1 for the flag, and 0: 0·x is 0, but 0·inf and 0·nan are nan. A step of a tiny model has no
+        # time for a longer test.
+        self.halt = row.dot(factors).nan_to_num(1.0)
         if distributed.world_size() > 1:
             self.halt = distributed.largest(self.halt.clone())
-            row = torch.cat((terms, norm.reshape(1), self.halt.reshape(1)))
+            row[0] = self.halt
         self.unread.append((row, samples))
         return self.halt
 
     def read(self) -> list[float]:
         """Bring `sums` up to date and return them, which waits for the device."""
         if self.unread:
-            rows = torch.stack([row for row, _ in self.unread]).tolist()
-            sums, measured = self.sums.tolist(), len(self.terms) + 1
-            for row, (_, samples) in zip(rows, self.unread, strict=True):
-                if all(map(math.isfinite, row)) and not any(row[measured:]):
-                    step = (*(value * samples for value in row[:measured]), samples, 1)
+            numbers, sums, count = (
+                torch.cat([row for row, _ in self.unread]).tolist(),
+                self.sums.tolist(),
+                len(self.terms),
+            )
+            for row, samples in self.unread:
+                halted, *values = numbers[: len(row)]
+                del numbers[: len(row)]
+                if not halted and all(map(math.isfinite, values)):
+                    measured = (*values[:count], math.hypot(*values[count:]))
+                    step = (*(value * samples for value in measured), samples, 1)
                     sums = [before + now for before, now in zip(sums, step, strict=True)]
             self.sums.copy_(torch.tensor(sums, dtype=self.sums.dtype))
             self.unread.clear()
@@ -450,16 +451,18 @@ class TrainState:
         self.history.append(row)
         self.epoch += 1
         self.batch = 0
-        self.logged = [0.0] * (len(self.sums) - 1)
+        self.logged = [0.0] * len(self.sums)
         self.sums.zero_()
         self.unread.clear()
 
 
 @functools.cache
-def _keeping(length: int, sticky: bool, device: torch.device) -> Tensor:
-    """Return zeros, and behind them whether the flag from before stays."""
+def _factors(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return 1 and behind it zeros, and a zero by itself."""
     with torch.inference_mode(False):
-        return torch.tensor([0.0] * (length - 1) + [float(sticky)], device=device)
+        factors = torch.zeros(length, device=device)
+        factors[0] = 1.0
+        return factors, factors.new_zeros(())
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Precision:
         """Accumulate gradients of `loss`, scaled where the format needs it."""
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
-    def clip(self, optimizer: torch.optim.Optimizer, norm: float | None, value: float | None) -> Tensor:
+    def clip(self, optimizer: torch.optim.Optimizer, norm: float | None, value: float | None) -> list[Tensor]:
         """Make the gradients ready for the step, clipped first by value, then by norm.
 
         Args:
@@ -74,19 +74,21 @@ class Precision:
             value: Largest magnitude of one number; None: any.
 
         Returns:
-            The L2 norm before it was clipped, a float32 scalar on the device. An overflow of fp16 counts as 0: the
-            scaler skips that step and lowers its scale.
+            L2 norms of the gradient's parts, or of the whole, before it was clipped by norm: float32 scalars on the
+            device. An overflow of fp16 counts as 0: the scaler skips that step and lowers its scale.
         """
         if self.scaled:
             self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if value is not None:
             nn.utils.clip_grad_value_(parameters, value)
-        norms = torch._foreach_norm([p.grad for p in parameters])
+        norms = list(torch._foreach_norm([p.grad for p in parameters]))
+        if norm is None and not self.scaled:
+            return norms  # added up when they are read: a step of a tiny model has no time for it
         total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         if norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, norm, total)
-        return total.nan_to_num(0.0, 0.0) if self.scaled else total
+        return [total.nan_to_num(0.0, 0.0) if self.scaled else total]
 
     def step(self, optimizer: torch.optim.Optimizer, halt: Tensor) -> None:
         """Take the optimizer's step, unless `halt` is 1.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from cvtrain.regularizer.base import Regularizer
@@ -21,4 +22,5 @@ class LabelSmoothing(Regularizer):
 
     def soften(self, targets: Tensor) -> Tensor:
         """Map `(B, K)` probabilities to smoothed ones."""
-        return targets * (1.0 - self.epsilon) + self.epsilon / targets.shape[1]
+        uniform = torch.tensor(self.epsilon / targets.shape[1])
+        return torch.add(uniform, targets, alpha=1.0 - self.epsilon)

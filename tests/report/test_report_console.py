@@ -2,7 +2,9 @@
 
 import io
 import statistics
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +13,13 @@ import torch
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))
+from engine_parts import make_run
+
 from cvtrain.core.types import DataSets, Preprocess
 from cvtrain.data import ArraySource, Loader, LoaderConfig
 from cvtrain.engine.gradients import LayerGradient
+from cvtrain.engine.loop import fit
 from cvtrain.engine.run import TrainState
 from cvtrain.engine.timing import TimeTable
 from cvtrain.report.console import Progressing, data_bound_notice, usable_cores
@@ -98,6 +104,22 @@ def test_the_display_never_reads_from_the_device():
     assert reads.count == 0
     assert "loss 2.000  acc 1.000" in display._progress.tasks[0].description
     display.end()
+
+
+def test_a_run_on_a_terminal_shows_the_means_of_the_last_log(tmp_path):
+    shown = []
+
+    class Drawn(Progressing):
+        def step(self, run):
+            self._draw_at = 0.0
+            super().step(run)
+            shown.append(self._progress.tasks[0].description)
+
+    run = make_run(tmp_path, display=Drawn(screen()), log_every_steps=1, epochs=1, grad_accum_steps=1)
+    fit(run)
+    assert len(shown) == 6
+    assert "loss" not in shown[0]
+    assert all("loss" in text and "acc" in text for text in shown[1:])
 
 
 def test_before_the_first_log_the_bar_shows_no_loss():
