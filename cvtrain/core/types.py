@@ -93,8 +93,7 @@ class Preprocess:
         batch, channels, height, width = images.shape
         if channels == 1 or not images.is_contiguous(memory_format=torch.channels_last):
             scale, shift = (values.view(1, -1, 1, 1) for values in _affine(self.mean, self.std, 1, images.device))
-            values = images.float()
-            return torch.addcmul(shift, values, scale, out=values)
+            return images.float().mul_(scale).add_(shift)
         # Rows of whole lines, whose factors repeat a pixel: seven times as fast on a CPU as factors a channel.
         scale, shift = _affine(self.mean, self.std, width, images.device)
         pixels = images.permute(0, 2, 3, 1).reshape(-1, width * channels)

@@ -237,7 +237,15 @@ class Bench:
         run = self.run()
         if given:
             run.loader = Given(self.raw)  # type: ignore[assignment]
-        return lambda: self.timed(lambda: one_epoch(run))
+
+        def train() -> float:
+            run.display.begin(run)  # once in a run, and not in a step
+            try:
+                return self.timed(lambda: one_epoch(run))
+            finally:
+                run.display.end()
+
+        return train
 
     def run(self) -> TrainRun:
         """Return a run as the command line builds it, logger and display included."""
@@ -267,10 +275,8 @@ class Given:
 
 def one_epoch(run: TrainRun) -> None:
     """Train an epoch, without the evaluation and the checkpoint behind it."""
-    run.display.begin(run)
     train_epoch(run, time.monotonic() - run.state.seconds)
     run.state.end_epoch(run.state.means())
-    run.display.end()
 
 
 def _lightning(bench: Bench, model: nn.Module, skipped: int, folder: str) -> tuple[Any, Any, Any]:

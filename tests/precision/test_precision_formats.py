@@ -288,6 +288,30 @@ def test_a_first_step_that_is_skipped_leaves_a_fused_optimizer_as_new(problem, m
     assert not torch.equal(weights[0].detach(), torch.linspace(-1, 1, 4096))
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("maximize", [True, False])
+def test_the_short_way_to_the_fused_kernel_is_the_optimizers_own_step_to_the_bit(problem, nesterov, maximize):
+    def trained(step):
+        generator = torch.Generator().manual_seed(1)
+        weights = [nn.Parameter(torch.randn(300, 7, generator=generator)) for _ in range(3)]
+        groups = [{"params": weights[:1], "weight_decay": 0.01}, {"params": weights[1:]}]
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=nesterov, maximize=maximize, fused=True)
+        for i in range(4):
+            optimizer.param_groups[0]["lr"] = 0.1 / (i + 1)
+            for weight in weights[: 3 - i % 2]:  # one of them has a gradient now and then
+                weight.grad = torch.randn(300, 7, generator=generator)
+            step(optimizer)
+            for weight in weights:
+                weight.grad = None
+        return weights, optimizer
+
+    precision = ready(Fp32(), problem)
+    (ours, one), (theirs, two) = trained(lambda o: precision.step(o, GO_ON)), trained(lambda o: o.step())
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
+        assert torch.equal(one.state[mine]["momentum_buffer"], two.state[other]["momentum_buffer"])
+
+
 def test_a_halted_step_changes_nothing_also_where_the_optimizer_is_not_fused(problem):
     precision = ready(Fp32(), problem)
     for fused in (True, False):
