@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from math import prod
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from cvtrain.core.dataflow import BATCH, Dataflow, Value, dataflow
+from cvtrain.core.trunk import follow
 from cvtrain.errors import ConfigError
 
 log = logging.getLogger("cvtrain")
@@ -27,16 +31,62 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d]:
+def first_convolution(model: nn.Module, shape: tuple[int, int, int] | None = None) -> tuple[str, nn.Conv2d]:
     """Return path and module of the first 2-D convolution.
 
+    Args:
+        model: A network.
+        shape: Channels, height and width that it takes, to find the first that runs; None: the first written down.
+
     Raises:
-        ConfigError: The model has none.
+        ConfigError: The model has none, or cannot be followed.
     """
-    for path, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for path in modules if shape is None else dataflow(model, shape).calls:
+        module = modules[path]
         if isinstance(module, nn.Conv2d):
             return path, module
     raise ConfigError(f"{type(model).__name__} has no 2-D convolution to fit to the data's channels.")
+
+
+def last_convolution(model: nn.Module, shape: tuple[int, int, int]) -> tuple[str, nn.Conv2d]:
+    """Return path and module of the last 2-D convolution whose map tells places apart and is not yet the logits.
+
+    Of parallel ones it is that with the most layers before it, so not the projection on a shortcut.
+
+    Args:
+        model: A classifier.
+        shape: Channels, height and width that it takes.
+
+    Raises:
+        ConfigError: The model cannot be followed, or has no such convolution.
+    """
+    flow = follow(model, shape)
+    modules, last = dict(model.named_modules()), _classifier(model, flow)
+    found: list[tuple[int, nn.Conv2d, str]] = []
+    for path, value in _on_the_way(flow):
+        module = modules[path]
+        if isinstance(module, nn.Conv2d) and path != last and prod(value.shape[2:]) > 1:
+            found.append((value.depth, module, path))
+    if not found:
+        raise ConfigError(f"{type(model).__name__} has no 2-D convolution before its logits.")
+    _, module, path = max(reversed(found), key=lambda each: each[0])
+    return path, module
+
+
+def norm_layers(model: nn.Module) -> list[str]:
+    """Return the paths of the layers that normalize activations, as they are written down.
+
+    They are torch's (batch, layer, group, instance and RMS norm) and what is derived of them, whatever else keeps
+    running statistics, and layers of a library's own that are called norms.
+    """
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm))
+        or isinstance(getattr(module, "running_mean", None), Tensor)
+        or ("norm" in type(module).__name__.lower() and not list(module.children()) and list(module.parameters()))
+    ]
 
 
 def stem_pool(model: nn.Module) -> str | None:
@@ -61,11 +111,23 @@ def classifier(model: nn.Module, shape: tuple[int, int, int] | None = None) -> s
     Raises:
         ConfigError: The model cannot be followed, or has no such layer.
     """
-    kinds = {path for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
-    for path in reversed(dataflow(model, shape).calls):
-        if path in kinds:
-            return path
-    raise ConfigError(f"{type(model).__name__} has no linear layer or convolution.")
+    return _classifier(model, dataflow(model, shape))
+
+
+def _classifier(model: nn.Module, flow: Dataflow) -> str:
+    modules = dict(model.named_modules())
+    layers = [path for path, _ in _on_the_way(flow) if isinstance(modules[path], (nn.Linear, nn.Conv2d))]
+    if not layers:
+        raise ConfigError(f"{type(model).__name__} has no linear layer or convolution.")
+    return layers[-1]
+
+
+def _on_the_way(flow: Dataflow) -> Iterator[tuple[str, Value]]:
+    """Yield path and output of each module whose output goes into the logits, in order."""
+    wanted = flow.values[flow.output].ancestors
+    for i, value in enumerate(flow.values):
+        if wanted >> i & 1:
+            yield from ((path, value) for path in value.modules)
 
 
 def residual_branches(model: nn.Module, shape: tuple[int, int, int] | None = None) -> list[str]:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from cvtrain.core.quiet import quiet
 from cvtrain.errors import ConfigError
 
 BATCH = 3
@@ -53,12 +54,18 @@ class Dataflow(TorchFunctionMode):
     Attributes:
         values: In the order in which they were made, so inputs stand before what is made of them.
         calls: Paths of the modules in the order in which they returned, one entry a call.
+        spans: For each module's first call, how many values there were when it began and when it returned.
+        first_use: For each parameter's `id`, the number of the value that was the first to be made with it.
+        output: Number of the value that is the logits; with several outputs the first.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.values: list[Value] = []
         self.calls: list[str] = []
+        self.spans: dict[str, tuple[int, int]] = {}
+        self.first_use: dict[int, int] = {}
+        self.output = 0
         self._numbers: dict[int, int] = {}
         self._weights: set[int] = set()
         self._alive: list[Tensor] = []  # a tensor's id is its own only while it lives
@@ -72,6 +79,10 @@ class Dataflow(TorchFunctionMode):
         weighted = any(isinstance(t, nn.Parameter) or id(t) in self._weights for t in given)
         result = func(*args, **(kwargs or {}))
         made = list(_tensors(result))
+        if made:  # not `weight.shape` and the like
+            for parameter in given:
+                if isinstance(parameter, nn.Parameter):
+                    self.first_use.setdefault(id(parameter), len(self.values))
         if not any(number is not None for number, _ in operands):
             if weighted:  # such as standardised weights
                 self._weights.update(id(t) for t in made)
@@ -88,16 +99,32 @@ class Dataflow(TorchFunctionMode):
         """Take `images` for the pictures."""
         self._add(images, "input", [], False)
 
-    def watch(self, path: str, module: nn.Module) -> RemovableHandle:
-        """Note what `module` returns."""
+    def end(self, output: object) -> None:
+        """Take the first tensor in `output` for the logits.
 
-        def note(_module: nn.Module, _inputs: object, output: object) -> None:
+        Raises:
+            ValueError: It was not made of the pictures.
+        """
+        numbers = [self._numbers[id(t)] for t in _tensors(output) if id(t) in self._numbers]
+        if not numbers:
+            raise ValueError("its output was not made of the pictures by functions of torch")
+        self.output = numbers[0]
+
+    def watch(self, path: str, module: nn.Module) -> list[RemovableHandle]:
+        """Note when `module` is called and what it returns."""
+        begun: list[int] = []
+
+        def enter(_module: nn.Module, _inputs: object) -> None:
+            begun.append(len(self.values))
+
+        def leave(_module: nn.Module, _inputs: object, output: object) -> None:
             self.calls.append(path)
+            self.spans.setdefault(path, (begun.pop(), len(self.values)))
             number = self._numbers.get(id(output))
             if number is not None:
                 self.values[number].modules.append(path)
 
-        return module.register_forward_hook(note)
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
     def _add(
         self, tensor: Tensor | None, op: str, operands: list[tuple[int | None, tuple[int, ...]]], weighted: bool
@@ -147,13 +174,13 @@ def _run(model: nn.Module, shape: tuple[int, ...]) -> Dataflow:
     flow = Dataflow()
     modes = {module: module.training for module in model.modules()}
     first = next(model.parameters(), None)
-    handles = [flow.watch(path, module) for path, module in model.named_modules() if path]
+    handles = [handle for path, module in model.named_modules() if path for handle in flow.watch(path, module)]
     try:
         model.eval()
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), flow:
+        with quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), flow:  # torch logs what it refuses
             images = torch.empty(shape, device=None if first is None else first.device)
             flow.begin(images)
-            model(images)
+            flow.end(model(images))
     finally:
         for handle in handles:
             handle.remove()

@@ -17,7 +17,13 @@ OWN_RATES = {"StochasticDepth": "p", "DropPath": "drop_prob"}
 
 
 class DropBranch:
-    """Forward hook that drops a residual branch's output per sample, in training only."""
+    """Forward hook that drops a residual branch's output per sample, while the module that ends the branch trains.
+
+    Finetuning puts frozen stages into evaluation: as with a network's own stochastic depth, their branches stay.
+
+    Args:
+        drop_prob: Probability in 0..1.
+    """
 
     def __init__(self, drop_prob: float) -> None:
         self.drop_prob = drop_prob
@@ -61,7 +67,18 @@ class StochasticDepth(Regularizer):
         count = len(ends)
         for i, path in enumerate(ends):
             model.get_submodule(path).register_forward_hook(DropBranch(self.drop_prob * (i + 1) / count))
-        log.info("stochastic depth: %d branches, drop rate %.3f to %.3f", count, self.drop_prob / count, self.drop_prob)
+        rates = [f"{name} {self.drop_prob * (i + 1) / count:.3f}" for i, name in enumerate(_short(ends))]
+        log.info("stochastic depth: %d branch%s, drop rate: %s", count, "" if count == 1 else "es", ", ".join(rates))
+
+
+def _short(paths: list[str]) -> list[str]:
+    """Return paths without the parts that all of them begin or end with."""
+    parts = [path.split(".") for path in paths]
+    first, last = min(parts), max(parts)
+    shared = min(len(each) for each in parts) - 1
+    begin = next((i for i in range(shared) if first[i] != last[i]), shared)
+    end = next((i for i in range(shared - begin) if len({each[-1 - i] for each in parts}) > 1), shared - begin)
+    return [".".join(each[begin : len(each) - end]) for each in parts]
 
 
 def drop_rates(model: nn.Module) -> dict[str, float]:

@@ -1,11 +1,19 @@
-"""Residual branches, stems and first convolutions found by looking at the network."""
+"""Residual branches, stems, convolutions, norms and classifiers found by looking at the network."""
 
 import pytest
 import torch
 from torch import nn
 from torchvision import models
 
-from cvtrain.core.anatomy import first_convolution, replace_module, residual_branches, stem_pool
+from cvtrain.core.anatomy import (
+    classifier,
+    first_convolution,
+    last_convolution,
+    norm_layers,
+    replace_module,
+    residual_branches,
+    stem_pool,
+)
 from cvtrain.errors import ConfigError
 from cvtrain.model import LeNet5, SimpleCNN
 
@@ -101,3 +109,68 @@ def test_the_first_convolution_and_its_pool_are_found_and_replaced():
     assert isinstance(resnet.layer1[0].conv2, nn.Identity)
     with pytest.raises(ConfigError, match="Sequential has no 2-D convolution"):
         first_convolution(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("resnet18", "layer4.1.conv2"),
+        ("squeezenet1_1", "features.12.expand3x3"),  # not the classifier, which is a convolution
+        ("mobilenet_v3_small", "features.12.0"),  # not one of squeeze-and-excitation
+        pytest.param("vit_b_16", "conv_proj", marks=pytest.mark.slow),
+    ],
+)
+def test_the_last_convolution_that_still_tells_places_apart_is_found_at_every_size(name, path):
+    with torch.device("meta"):
+        model = models.get_model(name, weights=None)
+    for size in (32, 224) if name != "vit_b_16" else (224,):
+        found, module = last_convolution(model, (3, size, size))
+        assert found == path
+        assert module is model.get_submodule(path)
+    with pytest.raises(ConfigError, match="Sequential has no 2-D convolution before its logits"):
+        last_convolution(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), (1, 2, 2))
+
+
+class Crossed(nn.Module):
+    """Runs in another order than it is written down, with a projection that runs last and a head for nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.shortcut, self.deep, self.first = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(1, 4, 3)
+        self.head, self.aside = nn.Linear(4, 2), nn.Linear(2, 2)
+        self.side = None
+
+    def forward(self, images):
+        x = self.first(images)
+        y = self.deep(self.deep(x))
+        logits = self.head((y + self.shortcut(x)).mean((2, 3)))
+        self.side = self.aside(logits)
+        return logits
+
+
+def test_first_and_last_are_told_by_what_runs_and_goes_into_the_logits():
+    model = Crossed()
+    assert first_convolution(model, (1, 8, 8))[0] == "first"
+    assert first_convolution(model)[0] == "shortcut"
+    assert last_convolution(model, (1, 8, 8))[0] == "deep"
+    assert classifier(model, (1, 8, 8)) == "head"
+
+
+def test_norm_layers_of_every_kind_are_found():
+    class RunningNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("running_mean", torch.zeros(2))
+
+    class ScaleNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(2))
+
+    norms = [
+        *(nn.BatchNorm2d(2), nn.SyncBatchNorm(2), nn.LayerNorm(2), nn.GroupNorm(1, 2), nn.InstanceNorm2d(2)),
+        *(nn.RMSNorm(2), RunningNorm(), ScaleNorm()),
+    ]
+    others = [nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Linear(2, 2), nn.Sequential(nn.LayerNorm(2))]
+    model = nn.Sequential(*norms, *others)
+    assert norm_layers(model) == [*(str(i) for i in range(8)), "11.0"]

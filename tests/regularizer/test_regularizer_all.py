@@ -1,5 +1,6 @@
 """Label smoothing, dropout, and stochastic depth by itself; test_every_network.py has it on whole networks."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -193,3 +194,31 @@ def test_the_rates_of_all_branches_can_be_listed():
     assert drop_rates(model) == {}
     StochasticDepth(0.6).attach(model)
     assert drop_rates(model) == pytest.approx({f"branches.{i}": 0.15 * (i + 1) for i in range(4)})
+
+
+def test_the_rates_are_logged_with_short_names(caplog):
+    caplog.set_level("INFO", logger="cvtrain")
+    StochasticDepth(0.4).attach(models.resnet18(weights=None, num_classes=2), (3, 32, 32))
+    assert "8 branches, drop rate: layer1.0 0.050, layer1.1 0.100, layer2.0 0.150, " in caplog.text
+    assert "layer4.1 0.400" in caplog.text
+    StochasticDepth(0.5).attach(Residual(1), (1, 4, 4))
+    assert "1 branch, drop rate: 0 0.500" in caplog.text
+
+
+def test_branches_of_a_frozen_stage_rest_and_a_copy_has_a_mode_of_its_own():
+    torch.manual_seed(0)
+    model = models.resnet18(weights=None, num_classes=2)
+    StochasticDepth(0.5).attach(model, (3, 32, 32))
+    copied, images = copy.deepcopy(model), torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        for each in (model, copied):
+            plain = each.eval()(images)
+            each.layer4.train()
+            for module in each.layer4.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.momentum = 0.0
+            assert not torch.allclose(each(images), plain)
+            each.layer4.eval()
+            assert torch.equal(each(images), plain)
+        model.layer4.train()
+        assert torch.equal(copied(images), plain)
