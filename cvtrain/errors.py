@@ -35,6 +35,10 @@ class ConfigError(CvtrainError):
     exit_code = 2
 
 
+class RefusedError(ConfigError):
+    """What a `_target_` names raised an error of its own when it was built with its settings."""
+
+
 class DataError(CvtrainError):
     """No data, unreadable pictures, classes that differ between splits, labels out of range."""
 

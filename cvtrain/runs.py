@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from cvtrain import resume
-from cvtrain.core.files import storage_error, write_json
-from cvtrain.errors import CvtrainError, Interrupted, LockedError, StorageError
+from cvtrain.core.files import sha256, storage_error, write_json
+from cvtrain.errors import CvtrainError, Interrupted, LockedError, StorageError, WeightsError
 
 STATUS, ARGS, MANIFEST = "status.json", "args.yaml", "manifest.json"
+CHECKPOINTS = ("last.safetensors", "last.previous.safetensors", "best.safetensors")
 
 
 def config_hash(config: dict[str, Any]) -> str:
@@ -74,6 +75,38 @@ def is_finished(folder: Path) -> bool:
     """Return whether the run in `folder` ended with exit code 0."""
     status = read_json(folder / STATUS)
     return status.get("state") == "done" and status.get("exit_code") == 0
+
+
+def shipped_weights(given: Path, key: str) -> tuple[Path, str]:
+    """Return the weights that a finished run left, and their SHA-256.
+
+    Args:
+        given: The run's folder, or a weights file.
+        key: The option that names it, for messages.
+
+    Raises:
+        WeightsError: It is missing, unfinished, a checkpoint, or damaged.
+    """
+    path = given / "weights" / "model.safetensors" if given.is_dir() else given
+    if path.name in CHECKPOINTS:
+        raise WeightsError(f"{key}={given} is a checkpoint; give the run's folder, or its weights/model.safetensors.")
+    if path.is_file():
+        digest = sha256(path)
+        files = read_json(path.parent / MANIFEST).get("files")
+        if isinstance(files, dict) and digest not in files.get(path.name, [digest]):
+            raise WeightsError(
+                f"{key}: {path} is damaged: its SHA-256 is not the one in manifest.json beside it.\n"
+                "Train it again, or bring its file back from a backup."
+            )
+        return path, digest
+    if (given / MANIFEST).is_file():
+        raise WeightsError(
+            f"{key}={given} has no weights/model.safetensors. Let that run finish: the same command with resume=auto."
+        )
+    raise WeightsError(
+        f"{key}={given} {'holds no run' if given.is_dir() else 'does not exist'}; give the folder that a run printed, "
+        "or a model.safetensors."
+    )
 
 
 def write_status(folder: Path, state: str, exit_code: int | None, reason: str = "", retryable: bool = False) -> None:

@@ -58,17 +58,13 @@ def load_file(path: Path, device: torch.device, trusted: list[str], channels_las
         WeightsError: The file is missing, damaged or not from cvtrain.
     """
     metadata = weights.read(path)[1]
-    names, preprocess, node = (weights.parse_metadata(metadata, key) for key in ("class_names", "preprocess", "model"))
-    if not isinstance(names, list) or not isinstance(preprocess, dict) or not isinstance(node, dict):
+    names, node = (weights.parse_metadata(metadata, key) for key in ("class_names", "model"))
+    prep = weights.parse_preprocess(metadata, path)
+    if not isinstance(names, list) or not isinstance(node, dict):
         raise WeightsError(f"{path} has metadata of another kind. Use weights/model.safetensors of a run.")
     audit({"model": node, "trusted": trusted}, trusted)  # a file's config is no more trusted than any other
-    try:
-        prep = Preprocess.from_dict(preprocess)
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(
-            f"{path} has a damaged preprocessing ({error!r}). Use weights/model.safetensors of a run."
-        ) from error
-    model = build_model(Builder({"model": node}, trusted), node, len(names), prep.channels, prep.img_size)
+    head = metadata.get("head", "linear")
+    model = build_model(Builder({"model": node}, trusted), node, len(names), prep.channels, prep.img_size, head)
     weights.load_into(model, path)
     lay_out(model, device, channels_last).eval()
     return Deployed(model, [str(name) for name in names], prep, device, path, metadata.get("task") == MULTILABEL)

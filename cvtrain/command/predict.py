@@ -94,11 +94,12 @@ def find_pictures(source: str) -> list[str]:
 def _batches(
     paths: list[str], shipped: deployed.Deployed, size: int, failed: list[str]
 ) -> Iterator[tuple[list[str], Tensor]]:
+    prepared = shipped.preprocess
     names: list[str] = []
     images: list[Tensor] = []
     for path in paths:
         try:
-            images.append(read_picture(path, shipped.preprocess.resize, shipped.preprocess.channels))
+            images.append(read_picture(path, prepared.resize, prepared.channels, interpolation=prepared.interpolation))
             names.append(printable(path))
         except DataError as error:
             failed.append(str(error))

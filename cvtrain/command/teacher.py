@@ -12,12 +12,10 @@ from cvtrain import runs
 from cvtrain.build import Builder
 from cvtrain.command import deployed
 from cvtrain.core.complexity import count_params
-from cvtrain.core.files import sha256
 from cvtrain.core.types import DataSets
 from cvtrain.distillation import Teacher
-from cvtrain.engine.checkpoint import BEST, LAST, PREVIOUS
 from cvtrain.engine.run import TrainRun
-from cvtrain.errors import ConfigError, WeightsError
+from cvtrain.errors import ConfigError
 
 log = logging.getLogger("cvtrain")
 
@@ -38,18 +36,11 @@ def load_teacher(builder: Builder, sets: DataSets, device: torch.device, folder:
     given = builder.config["distillation"].get("teacher")
     if given is None:
         return None
-    path = _file(Path(str(given)))
-    if path.resolve().is_relative_to(folder.resolve()):
+    if Path(str(given)).resolve().is_relative_to(folder.resolve()):
         raise ConfigError(
             f"distillation.teacher={given} is this run itself; name another one, or start this one with resume=none."
         )
-    digest = sha256(path)
-    files = runs.read_json(path.parent / "manifest.json").get("files")
-    if isinstance(files, dict) and digest not in files.get(path.name, [digest]):
-        raise WeightsError(
-            f"distillation.teacher: {path} is damaged: its SHA-256 is not the one in manifest.json beside it.\n"
-            "Train the teacher again, or bring its file back from a backup."
-        )
+    path, digest = runs.shipped_weights(Path(str(given)), "distillation.teacher")
     shipped = deployed.load_file(path, device, list(builder.trusted), builder.config["channels_last"])
     if shipped.multilabel != sets.multilabel:
         kinds = ["one class", "several labels"]
@@ -79,22 +70,3 @@ def refuse_another_teacher(run: TrainRun, config: dict[str, Any]) -> None:
             "Bring that file back, start a new run with resume=none, or add resume_allow=[distillation.teacher]."
         )
     log.warning("distillation: goes on with another teacher: SHA-256 %s, not %s", now, before)
-
-
-def _file(given: Path) -> Path:
-    path = given / "weights" / "model.safetensors" if given.is_dir() else given
-    if path.name in (LAST, PREVIOUS, BEST):
-        raise WeightsError(
-            f"distillation.teacher={given} is a checkpoint; give the run's folder, or its weights/model.safetensors."
-        )
-    if path.is_file():
-        return path
-    if (given / runs.MANIFEST).is_file():
-        raise WeightsError(
-            f"distillation.teacher={given} has no weights/model.safetensors. Let that run finish: the same command "
-            "with resume=auto."
-        )
-    raise WeightsError(
-        f"distillation.teacher={given} {'holds no run' if given.is_dir() else 'does not exist'}; give the folder that "
-        "a run printed, or a model.safetensors."
-    )

@@ -31,6 +31,10 @@ def run(config: dict[str, Any], trusted: list[str]) -> int:
     shipped = deployed.load(config, trusted)
     folder = Path(str(config["run"]))
     trained = {**deployed.run_config(folder), "trusted": trusted, "device": config["device"], "class_weights": "none"}
+    # What the weights were trained with stands; where they once came from does not matter any more.
+    trained |= {"pretrained": None, "img_size": shipped.preprocess.img_size}
+    if "interpolation" in trained["data"]:
+        trained["data"] = {**trained["data"], "interpolation": shipped.preprocess.interpolation}
     audit(trained, trusted)
     validate(trained, trusted)
     builder = Builder(trained, trusted)

@@ -13,6 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+BILINEAR, BICUBIC = "bilinear", "bicubic"
+INTERPOLATIONS = (BILINEAR, BICUBIC)
+"""How pictures are resized where they are read, both antialiased; names as in Pillow, torchvision and timm."""
+
 
 @dataclass
 class Batch:
@@ -55,6 +59,7 @@ class Preprocess:
         channels: 1 (grey), 3 (RGB) or more.
         mean: Mean a channel, of values in 0..1.
         std: Standard deviation a channel, of values in 0..1.
+        interpolation: How it is resized, antialiased: one of `INTERPOLATIONS`.
     """
 
     img_size: int
@@ -62,6 +67,7 @@ class Preprocess:
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    interpolation: str = BILINEAR
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -70,17 +76,21 @@ class Preprocess:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON."""
-        return {**dataclasses.asdict(self), "interpolation": "bilinear", "scale": 255.0, "layout": "NCHW"}
+        return {**dataclasses.asdict(self), "scale": 255.0, "layout": "NCHW"}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Preprocess:
         """Rebuild from `to_dict`'s JSON; raise KeyError, TypeError or ValueError when it is something else."""
+        interpolation = str(values.get("interpolation", BILINEAR))
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation {interpolation}")
         return Preprocess(
             img_size=int(values["img_size"]),
             resize=int(values["resize"]),
             channels=int(values["channels"]),
             mean=tuple(float(v) for v in values["mean"]),
             std=tuple(float(v) for v in values["std"]),
+            interpolation=interpolation,
         )
 
     def centre_crop(self, images: Tensor) -> Tensor:

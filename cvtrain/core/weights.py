@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cvtrain.core.files import write_atomic
+from cvtrain.core.types import Preprocess
 from cvtrain.errors import WeightsError
 
 _NAMES = {
@@ -100,21 +101,25 @@ def load_into(model: nn.Module, path: Path) -> dict[str, str]:
         WeightsError: Names or shapes differ; the message lists the first five differences.
     """
     tensors, metadata = read(path)
-    own = model.state_dict()
-    differences = [f"missing {name}" for name in own if name not in tensors]
-    differences += [f"unexpected {name}" for name in tensors if name not in own]
-    differences += [
+    found = differences(model.state_dict(), tensors)
+    if found:
+        shown = "; ".join(found[:5])
+        raise WeightsError(
+            f"{path} does not fit this model, {len(found)} differences: {shown}. Use the run's own model=."
+        )
+    model.load_state_dict(tensors)
+    return metadata
+
+
+def differences(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
+    """Return in words what keeps `tensors` of a file from taking the places of a model's `own`, by name and shape."""
+    found = [f"missing {name}" for name in own if name not in tensors]
+    found += [f"unexpected {name}" for name in tensors if name not in own]
+    return found + [
         f"{name}: file {tuple(tensors[name].shape)}, model {tuple(own[name].shape)}"
         for name in own
         if name in tensors and tensors[name].shape != own[name].shape
     ]
-    if differences:
-        shown = "; ".join(differences[:5])
-        raise WeightsError(
-            f"{path} does not fit this model, {len(differences)} differences: {shown}. Use the run's own model=."
-        )
-    model.load_state_dict(tensors)
-    return metadata
 
 
 def parse_metadata(metadata: dict[str, str], key: str) -> object:
@@ -132,6 +137,26 @@ def parse_metadata(metadata: dict[str, str], key: str) -> object:
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"the weights' {key!r} is not JSON ({error}); they were not written by cvtrain.") from error
     return value
+
+
+def parse_preprocess(metadata: dict[str, str], path: Path) -> Preprocess:
+    """Return how a file's model wants its pictures prepared.
+
+    Raises:
+        WeightsError: The metadata do not say it, or are damaged.
+    """
+    values = parse_metadata(metadata, "preprocess")
+    try:
+        if not isinstance(values, dict):
+            raise TypeError("not a mapping")
+        found = Preprocess.from_dict(values)
+        if not len(found.mean) == len(found.std) == found.channels or min(found.std) <= 0:
+            raise ValueError(f"mean {found.mean} and std {found.std} for {found.channels} channels")
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{path} has a damaged preprocessing ({error!r}). Use weights/model.safetensors of a run."
+        ) from error
+    return found
 
 
 def pickle_globals(path: Path) -> list[str] | None:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cvtrain.core.types import DataSets, Source
+from cvtrain.core.types import BILINEAR, INTERPOLATIONS, DataSets, Source
 from cvtrain.data.cache import Cache, Verdicts
 from cvtrain.data.collection import Collection, Joined, Part
 from cvtrain.data.picture import MAX_PIXELS, check_picture, read_picture
@@ -53,6 +53,7 @@ class DataSet(ABC):
             different limits are measured on the same pictures.
         mean: Mean a channel, in 0..1; null: measured on training arrays, ImageNet's for files.
         std: Standard deviation a channel, in 0..1; null likewise.
+        interpolation: How pictures are resized as they are read: `bilinear`, which null stands for, or `bicubic`.
         splits: After `load`, the names in each split.
     """
 
@@ -64,6 +65,7 @@ class DataSet(ABC):
     limit: int | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    interpolation: str | None = None
     splits: dict[str, list[str]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +82,10 @@ class DataSet(ABC):
                 "  allowed: folds of 2 or more, fold from 0 to folds - 1"
             )
         self.mean, self.std = per_channel("mean", self.mean), per_channel("std", self.std)
+        if self.interpolation not in (None, *INTERPOLATIONS):
+            raise ConfigError(
+                f"data.interpolation={self.interpolation}\n  allowed: {', '.join(INTERPOLATIONS)}, or null"
+            )
 
     @abstractmethod
     def read(self) -> Collection:
@@ -110,7 +116,7 @@ class DataSet(ABC):
             DataSets(
                 name=found.name,
                 class_names=found.class_names,
-                preprocess=preprocessing((size, resize, found.channels), mean, std),
+                preprocess=preprocessing((size, resize, found.channels), mean, std, self.interpolation or BILINEAR),
                 train=sources["train"],
                 val=sources["val"],
                 test=sources["test"],
@@ -129,7 +135,9 @@ class DataSet(ABC):
         for split, part in parts.items():
             if not isinstance(part.pictures, np.ndarray):
                 raise TypeError(f"{found.name}: encoded pictures need an EncodedDataSet")
-            sources[split] = array_source(part.pictures, part.labels, part.names, resize, workers)
+            sources[split] = array_source(
+                part.pictures, part.labels, part.names, resize, workers, self.interpolation or BILINEAR
+            )
         return sources, []
 
     def _split(self, found: Collection) -> dict[str, Part]:
@@ -211,7 +219,7 @@ class EncodedDataSet(DataSet):
     def _sources(
         self, found: Collection, parts: dict[str, Part], resize: int, workers: int
     ) -> tuple[dict[str, Source], list[str]]:
-        files = {split: EncodedSource(part, self.channels, resize, self.max_pixels) for split, part in parts.items()}
+        files = {split: self._encoded(part, resize) for split, part in parts.items()}
         everything = _Everything(list(files.values()), workers)
         images, verdicts = self._read(everything, resize, found.notes)
         if verdicts.several:
@@ -228,22 +236,25 @@ class EncodedDataSet(DataSet):
             first += len(source)
             keep = np.flatnonzero([row not in verdicts.bad for row in rows.tolist()])
             part = parts[split].only(keep)
-            kept = EncodedSource(part, self.channels, resize, self.max_pixels)
+            kept = self._encoded(part, resize)
             sources[split] = (
                 kept if images is None else ArraySource(images, part.labels, part.names, rows[keep], kept.paths)
             )
         self._check_classes(found, sources["train"])
         return sources, bad
 
+    def _encoded(self, part: Part, resize: int) -> EncodedSource:
+        return EncodedSource(part, self.channels, resize, self.max_pixels, self.interpolation or BILINEAR)
+
     def _read(self, everything: _Everything, resize: int, notes: list[str]) -> tuple[Tensor | None, Verdicts]:
         """Return all pictures as the rows of one tensor, None when they are decoded at each reading."""
         shape = (len(everything.rows), resize, resize, self.channels)
         needed = int(np.prod(shape))
         cache = Cache(self.cache_dir)
-        settings = (shape, self.max_pixels)
+        settings = (shape, self.max_pixels, self.interpolation or BILINEAR)
 
         def fill(into: NDArray[np.uint8]) -> Verdicts:
-            return everything.decode(into, resize, self.channels, self.max_pixels)
+            return everything.decode(into)
 
         if self.cache == "disk":
             pixels, verdicts, note = cache.pixels(cache.key(everything.identities(), settings), shape, fill)
@@ -315,6 +326,7 @@ class _Everything:
 
     def __init__(self, sources: list[EncodedSource], workers: int) -> None:
         self._pictures = Joined([source.pictures for source in sources])
+        self._settings = sources[0]
         self._workers = workers
         self._identities = [self._pictures.identity(index) for index in range(len(self._pictures))]
         self._order = np.argsort(np.array(self._identities, dtype=object), kind="stable")
@@ -325,12 +337,15 @@ class _Everything:
         """Return one text a row."""
         return [self._identities[int(index)] for index in self._order]
 
-    def decode(self, into: NDArray[np.uint8], resize: int, channels: int, max_pixels: int) -> Verdicts:
-        """Write the pictures into uint8 `(M, resize, resize, channels)`."""
+    def decode(self, into: NDArray[np.uint8]) -> Verdicts:
+        """Write the pictures, read as the sources read them, into uint8 `(M, resize, resize, channels)`."""
+        given = self._settings
 
         def one(row: int, index: int, several: list[str]) -> None:
             content, place = self._pictures.content(index), self._pictures.place(index)
-            picture = read_picture(content, resize, channels, max_pixels, place, several.append)
+            picture = read_picture(
+                content, given.resize, given.channels, given.max_pixels, place, several.append, given.interpolation
+            )
             into[row] = picture.permute(1, 2, 0).numpy()
 
         return self._look(one)

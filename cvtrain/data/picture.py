@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from cvtrain.core.types import Box
+from cvtrain.core.types import BILINEAR, Box
 from cvtrain.data.pixels import square, to_tensor
 from cvtrain.errors import DataError
 
@@ -72,6 +72,7 @@ def read_picture(
     max_pixels: int = MAX_PIXELS,
     place: str | None = None,
     on_frames: Callable[[str], None] | None = None,
+    interpolation: str = BILINEAR,
 ) -> Tensor:
     """Read a picture as a square.
 
@@ -82,6 +83,7 @@ def read_picture(
         max_pixels: Largest width × height, judged by the header before anything is decoded.
         place: Where the picture is, for messages; None means the path.
         on_frames: Called with the place when there are several frames or pages, of which the first is read.
+        interpolation: `bilinear` or `bicubic`, antialiased.
 
     Returns:
         uint8 `(channels, resize, resize)`. EXIF rotation is applied; of an animation it is the first frame;
@@ -96,7 +98,7 @@ def read_picture(
         upright = _upright(image, channels, (2 * resize, 2 * resize))
         if on_frames is not None and _has_frames(image):
             on_frames(place)
-        return to_tensor(square(upright, resize))
+        return to_tensor(square(upright, resize, interpolation))
 
 
 def read_crop(

@@ -11,14 +11,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from cvtrain.core.types import BILINEAR
 
-def resize_all(pixels: NDArray[np.uint8], resize: int, workers: int) -> Tensor:
+
+def resize_all(pixels: NDArray[np.uint8], resize: int, workers: int, interpolation: str = BILINEAR) -> Tensor:
     """Resize the short side and crop the centre.
 
     Args:
         pixels: uint8 `(N, H, W, C)`.
         resize: Side of the result, in pixels.
         workers: Threads; 0 or 1 means none.
+        interpolation: As `square` has it.
 
     Returns:
         uint8 `(N, C, resize, resize)`, channels last in memory.
@@ -31,7 +34,7 @@ def resize_all(pixels: NDArray[np.uint8], resize: int, workers: int) -> Tensor:
     def fill(position: int) -> None:
         picture = pixels[position]
         image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
-        result[position] = np.asarray(square(image, resize)).reshape(resize, resize, -1)
+        result[position] = np.asarray(square(image, resize, interpolation)).reshape(resize, resize, -1)
 
     if workers > 1:
         with ThreadPoolExecutor(workers) as pool:
@@ -42,16 +45,23 @@ def resize_all(pixels: NDArray[np.uint8], resize: int, workers: int) -> Tensor:
     return torch.from_numpy(result).permute(0, 3, 1, 2)
 
 
-def square(image: Image.Image, resize: int) -> Image.Image:
-    """Resize the short side to `resize` pixels (Pillow's antialiased bilinear) and crop the centre.
+def square(image: Image.Image, resize: int, interpolation: str = BILINEAR) -> Image.Image:
+    """Resize the short side to `resize` pixels, antialiased as Pillow does it, and crop the centre.
 
     Only the central square is resized, so that a picture of 20000 × 2 pixels never becomes a huge one on the way.
+
+    Args:
+        image: Of any size.
+        resize: Side of the result, in pixels.
+        interpolation: `bilinear` or `bicubic`.
     """
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     if image.size == (resize, resize):
         return image
-    return image.resize((resize, resize), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    return image.resize(
+        (resize, resize), Image.Resampling[interpolation.upper()], box=(left, top, left + side, top + side)
+    )
 
 
 def to_tensor(image: Image.Image) -> Tensor:

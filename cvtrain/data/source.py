@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 
 from cvtrain.core.crops import resized
 from cvtrain.core.threads import one_thread
-from cvtrain.core.types import CropChooser
+from cvtrain.core.types import BILINEAR, CropChooser
 from cvtrain.data.collection import Encoded, Files, Indices, Part
 from cvtrain.data.picture import read_crop, read_picture
 from cvtrain.data.pixels import resize_all
@@ -87,13 +87,22 @@ class ResizingSource:
         labels: `(N,)` int64 class numbers.
         names: N names for predictions.csv.
         resize: Side of the square that is read, in pixels.
+        interpolation: `bilinear` or `bicubic`.
     """
 
-    def __init__(self, pixels: NDArray[np.uint8], labels: NDArray[np.int64], names: list[str], resize: int) -> None:
+    def __init__(
+        self,
+        pixels: NDArray[np.uint8],
+        labels: NDArray[np.int64],
+        names: list[str],
+        resize: int,
+        interpolation: str = BILINEAR,
+    ) -> None:
         self.labels = labels
         self.names = names
         self._pixels = pixels
         self._resize = resize
+        self._interpolation = interpolation
 
     def __len__(self) -> int:
         """Return N."""
@@ -101,7 +110,7 @@ class ResizingSource:
 
     def read(self, indices: Indices) -> Tensor:
         """Return uint8 `(B, C, resize, resize)`."""
-        return resize_all(self._pixels[indices], self._resize, workers=0)
+        return resize_all(self._pixels[indices], self._resize, 0, self._interpolation)
 
 
 class EncodedSource:
@@ -112,9 +121,10 @@ class EncodedSource:
         channels: 1 for grey, 3 for RGB.
         resize: Side of the square that is read, in pixels.
         max_pixels: Largest width × height of a picture.
+        interpolation: `bilinear` or `bicubic`; crops are bilinear.
     """
 
-    def __init__(self, part: Part, channels: int, resize: int, max_pixels: int) -> None:
+    def __init__(self, part: Part, channels: int, resize: int, max_pixels: int, interpolation: str = BILINEAR) -> None:
         if isinstance(part.pictures, np.ndarray):
             raise TypeError("an array needs no decoding")
         self.labels = part.labels
@@ -124,6 +134,7 @@ class EncodedSource:
         self.channels = channels
         self.resize = resize
         self.max_pixels = max_pixels
+        self.interpolation = interpolation
 
     def __len__(self) -> int:
         """Return N."""
@@ -146,8 +157,10 @@ class EncodedSource:
 
     def read_one(self, index: int) -> Tensor:
         """Return uint8 `(C, resize, resize)`; errors as `read`."""
-        content = self.pictures.content(index)
-        return read_picture(content, self.resize, self.channels, self.max_pixels, self.pictures.place(index))
+        content, place = self.pictures.content(index), self.pictures.place(index)
+        return read_picture(
+            content, self.resize, self.channels, self.max_pixels, place, interpolation=self.interpolation
+        )
 
     def read_crops(self, indices: Indices, choose: CropChooser, seed: int, epoch: int, img_size: int) -> Tensor:
         """Return uint8 `(B, C, img_size, img_size)`: the box of each picture that `choose` names; errors as `read`."""
@@ -168,7 +181,12 @@ class EncodedSource:
 
 
 def array_source(
-    pixels: NDArray[np.uint8], labels: NDArray[np.int64], names: Sequence[str], resize: int, workers: int
+    pixels: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    names: Sequence[str],
+    resize: int,
+    workers: int,
+    interpolation: str = BILINEAR,
 ) -> ArraySource | ResizingSource:
     """Return a source of `pixels` at `resize`, in memory when that takes 2 GiB or less.
 
@@ -178,10 +196,11 @@ def array_source(
         names: N names for predictions.csv.
         resize: Side of the square that is read, in pixels.
         workers: Threads that resize.
+        interpolation: `bilinear` or `bicubic`.
     """
     if len(pixels) * pixels.shape[-1] * resize * resize > MEMORY_LIMIT:
-        return ResizingSource(pixels, labels, list(names), resize)
-    return ArraySource(resize_all(pixels, resize, workers), labels, list(names))
+        return ResizingSource(pixels, labels, list(names), resize, interpolation)
+    return ArraySource(resize_all(pixels, resize, workers, interpolation), labels, list(names))
 
 
 def _stacked(images: list[Tensor]) -> Tensor:

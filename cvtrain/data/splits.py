@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cvtrain.core.random import generator
-from cvtrain.core.types import DataSets, Preprocess
+from cvtrain.core.types import BILINEAR, DataSets, Preprocess
 from cvtrain.errors import ConfigError, DataError
 
 Indices = NDArray[np.int64]
@@ -177,7 +177,9 @@ def measured(pixels: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float,
     return tuple(round(mean, 4) for mean in means), tuple(round(std, 4) for std in stds)
 
 
-def preprocessing(sizes: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> Preprocess:
+def preprocessing(
+    sizes: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...], interpolation: str = BILINEAR
+) -> Preprocess:
     """Return the preprocessing for `sizes` = (img_size, resize, channels).
 
     Raises:
@@ -189,7 +191,7 @@ def preprocessing(sizes: tuple[int, int, int], mean: tuple[float, ...], std: tup
             f"data.mean={list(mean)}, data.std={list(std)} do not fit {channels} channel(s)\n"
             f"  allowed: {channels} number(s) each, std above 0"
         )
-    return Preprocess(img_size, resize, channels, mean, std)
+    return Preprocess(img_size, resize, channels, mean, std, interpolation)
 
 
 def checked(sets: DataSets) -> DataSets:
