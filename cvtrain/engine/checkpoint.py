@@ -34,10 +34,11 @@ from cvtrain.core.files import (
 )
 from cvtrain.engine.run import TrainRun
 from cvtrain.errors import ConfigError, DivergedError, StorageError, WeightsError
+from cvtrain.runs import CHECKPOINTS
 
 log = logging.getLogger("cvtrain")
 
-LAST, PREVIOUS, BEST = "last.safetensors", "last.previous.safetensors", "best.safetensors"
+LAST, PREVIOUS, BEST = CHECKPOINTS
 FORMAT = 2
 
 

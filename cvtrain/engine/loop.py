@@ -11,11 +11,11 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from cvtrain.core import distributed
 from cvtrain.core.random import seed_torch, step_seed
 from cvtrain.core.types import Batch
+from cvtrain.engine.batch_norm import remeasure
 from cvtrain.engine.divergence import check_finite, keeping_the_batch
 from cvtrain.engine.memory import halve_micro_batches
 from cvtrain.engine.ranks import average_buffers, in_step
@@ -49,7 +49,7 @@ def fit(run: TrainRun) -> None:
             run.schedule.end_epoch(improved=run.monitor.bad_epochs == 0)
             state.seconds = time.monotonic() - started
             state.end_epoch(row)
-            if run.resizing.phase(state.epoch).first == state.epoch:
+            if run.cycle(state.epoch).first == state.epoch:
                 run.schedule.begin_phase()
             run.tracker.scalars(row, state.step)
             run.display.end_epoch(run, row, is_best)
@@ -60,7 +60,7 @@ def fit(run: TrainRun) -> None:
 def train_epoch(run: TrainRun, started: float) -> None:
     """Take the rest of the current epoch, one optimizer step for each `grad_accum_steps` micro-batches."""
     state, options = run.state, run.options
-    run.model.train()
+    run.finetune.train(run.model, state.epoch)
     state.waited, state.logged_at = 0.0, (time.monotonic() - started, state.images)
     # Closed for certain, so that worker processes end with the epoch, also when an exception leaves it.
     size = run.resizing.phase(state.epoch).img_size
@@ -84,9 +84,9 @@ def train_step(run: TrainRun, micro_batches: list[Batch]) -> None:
     Nothing here waits for the device: a loss or gradient that is not finite is kept from the weights there.
     """
     state, options = run.state, run.options
-    lr = run.schedule.lr(*run.clock(state.step))
+    lr, factors = run.schedule.lr(*run.clock(state.step)), run.finetune.factors(state.epoch)
     for group in run.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * factors[group["part"]]
     statistics = saved_buffers(run)
     total = sum(len(batch) for batch in micro_batches)
     everywhere = total if distributed.world_size() == 1 else whole_batches(run, len(micro_batches))
@@ -222,15 +222,18 @@ def settle_batch_norm(run: TrainRun, model: nn.Module) -> None:
     """Measure batch norm's statistics anew on unmixed training pictures, where those of the training do not fit.
 
     The running averages hold only the last few batches, mixed pictures have other statistics than the ones that are
-    evaluated, and averaged weights have never seen a picture. Source: Wu & Johnson, "Rethinking 'Batch' in
-    BatchNorm", 2021 (precise batch norm).
+    evaluated, and averaged weights have never seen a picture. Frozen stages keep theirs. Source: Wu & Johnson,
+    "Rethinking 'Batch' in BatchNorm", 2021 (precise batch norm).
     """
     if not run.augmentation.batch and not (run.averaging.needs_batch_norm and model is not run.model):
         return
+    was_training = model.training
+    run.finetune.train(model, run.state.epoch)
     seed_torch(step_seed(run.options.seed, run.state.step, run.options.rank), run.device)
     with closing(run.loader.train_batches(run.state.epoch)) as batches, run.precision.autocast():
-        update_bn((run.eval_images(batch) for batch in islice(batches, SETTLE_BATCHES)), model)
+        remeasure(model, (run.eval_images(batch) for batch in islice(batches, SETTLE_BATCHES)))
     average_buffers(model)
+    model.train(was_training)
 
 
 def saved_buffers(run: TrainRun) -> list[tuple[Tensor, Tensor]]:

@@ -73,6 +73,10 @@ def in_step(stop: StopRequest, items: Iterable[Item]) -> Iterator[Item | None]:
 
 
 def average_buffers(model: nn.Module) -> None:
-    """Give all processes the means of their batch norms' statistics, so that they evaluate and save the same."""
+    """Give all processes the means of their batch norms' statistics, so that they evaluate and save the same.
+
+    What is not in training mode has not changed, and the mean of three equal numbers is not always the same number.
+    """
     if distributed.world_size() > 1:
-        distributed.average([buffer for buffer in model.buffers() if buffer.is_floating_point()])
+        training = [buffer for m in model.modules() if m.training for buffer in m.buffers(recurse=False)]
+        distributed.average([buffer for buffer in training if buffer.is_floating_point()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -167,7 +167,7 @@ class Schedule(Protocol):
         ...
 
     def begin_phase(self) -> None:
-        """Hear that another size of pictures begins."""
+        """Hear that another phase begins."""
         ...
 
     def state(self) -> dict[str, float]:
@@ -179,8 +179,8 @@ class Schedule(Protocol):
         ...
 
 
-class Phase(Protocol):
-    """Epochs in which the pictures have one size."""
+class Cycle(Protocol):
+    """Epochs over which the schedule runs once."""
 
     @property
     def first(self) -> int:
@@ -193,13 +193,17 @@ class Phase(Protocol):
         ...
 
     @property
-    def img_size(self) -> int:
-        """Return the side that the model sees, in pixels."""
-        ...
-
-    @property
     def lr(self) -> float | None:
         """Return the base learning rate; None means the run's."""
+        ...
+
+
+class Phase(Cycle, Protocol):
+    """Epochs in which the pictures have one size."""
+
+    @property
+    def img_size(self) -> int:
+        """Return the side that the model sees, in pixels."""
         ...
 
 
@@ -252,10 +256,30 @@ class Distillation(Protocol):
 
 
 class Finetune(Protocol):
-    """Which parameters train."""
+    """Which parameters train, and at which of the optimizer's rates."""
 
     def apply(self, model: nn.Module, epoch: int) -> bool:
         """Set `requires_grad` for `epoch`; return whether anything changed."""
+        ...
+
+    def train(self, model: nn.Module, epoch: int) -> None:
+        """Put `model`, or a copy of it, into training mode, but for what is frozen in `epoch`."""
+        ...
+
+    def part_of(self, name: str) -> int | None:
+        """Return the number of the part of the model that a parameter belongs to; None: it never trains."""
+        ...
+
+    def factors(self, epoch: int) -> Sequence[float]:
+        """Return what the learning rate of each part is multiplied by in `epoch`."""
+        ...
+
+    def cycle(self, epoch: int) -> Cycle | None:
+        """Return the phase of `epoch` if it has a learning-rate cycle of its own."""
+        ...
+
+    def last(self) -> Finetune:
+        """Return what holds at the end of the run, for every epoch."""
         ...
 
 
@@ -565,9 +589,13 @@ class TrainRun:
         """Augment and normalise a raw batch; float32 `(B, C, S, S)` in the run's memory format."""
         return self.in_memory_format(self.preprocess.normalize(self.augmented(batch, epoch)))
 
+    def cycle(self, epoch: int) -> Cycle:
+        """Return the learning-rate cycle of `epoch`: a phase of the unfreezing, or of the pictures' size."""
+        return self.finetune.cycle(epoch) or self.resizing.phase(epoch)
+
     def clock(self, step: int) -> tuple[float, Clock]:
         """Return the base learning rate and the schedule's time of an optimizer step: both are the phase's own."""
-        phase = self.resizing.phase(step // self.steps_per_epoch)
+        phase = self.cycle(step // self.steps_per_epoch)
         base_lr = self.options.base_lr if phase.lr is None else phase.lr
         return base_lr, Clock(step - phase.first * self.steps_per_epoch, self.steps_per_epoch, phase.epochs)
 

@@ -1,13 +1,7 @@
-"""Which parameters train, as a function of the epoch; the `finetune` group."""
+"""Which stages of a network train in which epoch, and how fast; the `finetune` group."""
 
-from __future__ import annotations
+from cvtrain.finetune.base import Phase, Strategy
+from cvtrain.finetune.constant import Early, FeatureExtraction, Full, Partial
+from cvtrain.finetune.progressive import Progressive
 
-from torch import nn
-
-
-class Full:
-    """Every parameter trains from the first epoch."""
-
-    def apply(self, model: nn.Module, epoch: int) -> bool:
-        """Set `requires_grad` for `epoch`; return whether anything changed."""
-        return False
+__all__ = ["Early", "FeatureExtraction", "Full", "Partial", "Phase", "Progressive", "Strategy"]

@@ -24,11 +24,14 @@ from torch import nn
 
 from cvtrain.averaging import Ema
 from cvtrain.core import distributed
+from cvtrain.core.stages import Stage
 from cvtrain.data import Loader, LoaderConfig
 from cvtrain.engine.checkpoint import CheckpointStore, SharedCheckpoints
 from cvtrain.engine.loop import evaluate_model, fit
 from cvtrain.engine.ranks import SharedStop
 from cvtrain.errors import DivergedError, Interrupted
+from cvtrain.finetune import Progressive as Unfreezing
+from cvtrain.optimizer import param_groups
 from cvtrain.resizing import Progressive
 
 TIMEOUT_S = 90
@@ -180,22 +183,77 @@ class Poisoned(nn.Sequential):
         return output * float("inf") if self.here and self.training and self.calls == 4 else output
 
 
-class Thawing:
-    """Trains the head alone in the first epoch, and everything from then on."""
+class Layers(nn.Sequential):
+    """Three stages: a convolution, another, and the head."""
 
-    def apply(self, model, epoch):
-        before = model[0].weight.requires_grad
-        model[0].requires_grad_(epoch > 0)
-        return before != (epoch > 0)
+    def __init__(self, norm):
+        torch.manual_seed(0)
+        blocks = [nn.Sequential(nn.Conv2d(i, 6, 3, padding=1), norm(6), nn.ReLU()) for i in (1, 6)]
+        super().__init__(*blocks, nn.Sequential(nn.Flatten(), nn.Linear(6 * 36, 3)))
+
+
+def thawing(folder, norm, mix=False, **changes):
+    """Head, late stage and all train for an epoch each, with an average."""
+    model = Layers(norm).to(memory_format=torch.channels_last)
+    kinds = ("stem", "stage1", "head")
+    stages = [Stage(kind, (str(i),), tuple(f"{i}.{n}" for n, _ in model[i].named_parameters()))
+              for i, kind in enumerate(kinds)]  # fmt: skip
+    phases = {
+        "head": {"epochs": 1, "head_lr": 0.1, "late_lr": None, "early_lr": None},
+        "late": {"epochs": 1, "head_lr": 0.1, "late_lr": 0.05, "early_lr": None},
+        "all": {"epochs": None, "head_lr": 0.1, "late_lr": 0.05, "early_lr": 0.02},
+    }
+    finetune, average = Unfreezing(phases, 1, stages, 3), Ema(0.5)
+    average.begin(model)
+
+    def optimizer(_):
+        return torch.optim.SGD(param_groups(model, 1e-2, finetune.part_of), lr=0.1, momentum=0.9, fused=True)
+
+    return build(
+        folder, model=model, finetune=finetune, averaging=average, optimizer=optimizer, mix=mix, epochs=3, **changes
+    )
 
 
 def unfreezing(rank, folder):
-    run = plain(folder, epochs=2, finetune=Thawing())
-    first = copy.deepcopy(run.model[0].weight.detach())
+    run = thawing(folder, lambda width: nn.Identity())
+    before = copy.deepcopy(run.model.state_dict())
     moved = []
-    run.display = Watching(ended=lambda run: moved.append(bool((run.model[0].weight != first).any())))
+    run.display = Watching(ended=lambda run: moved.append(moved_parts(run, before)))
     fit(run)
     return {"weights": weights(run), "moved": moved}
+
+
+def moved_parts(run, before):
+    return sorted({name[0] for name, value in run.model.state_dict().items() if not torch.equal(value, before[name])})
+
+
+def unfreezing_resumed(rank, folder):
+    """SIGTERM in the middle of the phase in which the late stage trains; batch norm and mixup take part."""
+    norm = nn.BatchNorm2d
+    whole = thawing(folder / "whole", norm, mix=True)
+    before = copy.deepcopy(whole.model.state_dict())
+    moved = []
+    whole.display = Watching(ended=lambda run: moved.append(moved_parts(run, before)))
+    fit(whole)
+
+    def kill(run):
+        if rank == 0 and run.state.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with SharedStop() as stop:
+        first = thawing(folder / "cut", norm, mix=True, stop=stop, display=Watching(after=kill))
+        try:
+            fit(first)
+            code = 0
+        except Interrupted as error:
+            code = error.exit_code
+    second = thawing(folder / "cut", norm, mix=True)
+    second.checkpoints.restore(second)
+    began = (second.state.epoch, second.state.step)
+    fit(second)
+    averages = [{k: v.tolist() for k, v in run.averaging.tensors().items()} for run in (whole, second)]
+    return {"code": code, "moved": moved, "began": began, "same": digest(second) == digest(whole),
+            "average_same": averages[0] == averages[1], "state": digest(second)}  # fmt: skip
 
 
 def resized(rank, folder):
@@ -258,8 +316,8 @@ def shares(rank, folder):
 
 
 CASES = {f.__name__: f for f in (
-    same_steps, evaluation, equal_states, stopped_and_resumed, other_number, diverging, unfreezing, resized, dying,
-    failing, shares,
+    same_steps, evaluation, equal_states, stopped_and_resumed, other_number, diverging, unfreezing, unfreezing_resumed,
+    resized, dying, failing, shares,
 )}  # fmt: skip
 
 

@@ -31,6 +31,7 @@ def two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def more(tmp_path_factory):
     plan = ("unfreezing:2", "resized:2", "equal_states:3", "stopped_and_resumed:3", "dying:3", "alone", "until_step_4")
+    plan += ("unfreezing_resumed:2", "unfreezing_resumed:3")
     return campaign(tmp_path_factory.mktemp("more"), *plan, "other_number:2")
 
 
@@ -108,8 +109,22 @@ def test_weights_statistics_moments_and_averages_are_equal_in_all_processes_afte
 @pytest.mark.slow
 def test_parameters_that_are_unfrozen_later_train_as_in_one_process(more):
     for result in more["unfreezing:2"]:
-        assert result["moved"] == [False, True]
+        assert result["moved"] == more["alone"]["unfreezing"]["moved"] == [["2"], ["1", "2"], ["0", "1", "2"]]
         assert distance(result, more["alone"]["unfreezing"]) < ROUNDING
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_unfreezing_that_is_interrupted_within_a_phase_goes_on_exactly_to_the_bit(more, world):
+    results = more[f"unfreezing_resumed:{world}"]
+    for result in results:
+        assert result["code"] == 143
+        assert result["moved"] == [["2"], ["1", "2"], ["0", "1", "2"]]  # batch norm's statistics among them
+        assert result["began"][0] == 1
+        assert result["began"][1] in (4, 5)
+        assert result["same"]
+        assert result["average_same"]
+    assert len({result["state"] for result in results}) == 1
 
 
 @pytest.mark.slow
