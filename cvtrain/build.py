@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import logging
@@ -11,17 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from cvtrain.catalog import shipped_targets
 from cvtrain.core import distributed
+from cvtrain.core.stages import find_stages
 from cvtrain.core.types import CropChooser, DataSets, Preprocess
+from cvtrain.data.base import EncodedDataSet
 from cvtrain.data.loader import Loader, LoaderConfig
 from cvtrain.distillation import Teacher
-from cvtrain.engine.run import Distillation, Task, TrainOptions
-from cvtrain.errors import ConfigError, CvtrainError, did_you_mean
+from cvtrain.engine.run import Distillation, Finetune, Task, TrainOptions
+from cvtrain.errors import ConfigError, CvtrainError, RefusedError, did_you_mean
+from cvtrain.finetune import Full, Strategy
 from cvtrain.loss import class_weights
+from cvtrain.model.folding import transfer
+from cvtrain.model.head import put_mlp_head
+from cvtrain.model.pretrained import Pretrained
+from cvtrain.model.pretrained import resolve as resolve_pretrained
+from cvtrain.model.size import sized
 from cvtrain.optimizer import param_groups
 from cvtrain.regularizer import Regularizer
 from cvtrain.schema import METRICS, seconds
@@ -42,6 +52,8 @@ class Builder:
     def __init__(self, config: dict[str, Any], trusted: Sequence[str]) -> None:
         self.config = config
         self.trusted = tuple(trusted)
+        self.pretrained: Pretrained | None = None
+        """The weights that the model begins with, known from `data` on."""
 
     def build(self, group: str, node: dict[str, Any] | None = None, **runtime: Any) -> Any:  # noqa: ANN401
         """Instantiate `config[group]`, or `node`.
@@ -62,7 +74,7 @@ class Builder:
         given = {key: value for key, value in node.items() if key not in CONTROL_KEYS}
         accepted = self._accepted(group, target, given, runtime)
         both = sorted(set(given) & set(accepted))
-        for key in [key for key in both if given[key] is not None and group != "model"]:
+        for key in [key for key in both if given[key] is not None and (group, key) != ("model", "img_size")]:
             raise ConfigError(f"{group}.{key}={given[key]} is set by the run itself; remove it.")
         clean = {key: value for key, value in node.items() if key not in both}
         try:
@@ -74,7 +86,7 @@ class Builder:
             if isinstance(cause, CvtrainError):
                 raise cause from error
             if isinstance(cause, (TypeError, ValueError, AssertionError, ImportError)):
-                raise ConfigError(f"{group}: {node['_target_']} refuses its settings: {cause}") from error
+                raise RefusedError(f"{group}: {node['_target_']} refuses its settings: {cause}") from error
             raise cause from error
 
     def build_each(self, group: str, **runtime: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -100,12 +112,32 @@ class Builder:
             raise ConfigError(f"device={name} is not available here; {did_you_mean(name, known, 'devices')}") from error
         return device
 
-    def data(self) -> tuple[DataSets, Any]:
-        """Load the data set; return it with the object that loaded it."""
+    def data(self, begun: dict[str, Any] | None = None) -> tuple[DataSets, Any]:
+        """Load the data set as the pretrained weights want it; return it with the object that loaded it.
+
+        Args:
+            begun: What a run that has a checkpoint recorded of its pretrained weights, which it needs no more.
+
+        Raises:
+            ConfigError: The weights and what the user set for the data contradict each other.
+            WeightsError: The weights cannot be had.
+        """
+        given, model = self.config.get("pretrained"), self.config["model"]
+        if given and model:  # without a model, as where only pictures are looked at, there is nothing to begin with
+            self.pretrained = Pretrained(**begun) if begun else resolve_pretrained(given, model)
+        weights = self.pretrained
         node = {key: value for key, value in self.config["data"].items() if key != "aug_overrides"}
+        if weights is not None and "interpolation" in node:
+            node["interpolation"] = weights.reading(node["interpolation"])
         source = self.build("data", node)
-        img_size = self.config["img_size"] or self.config["model"].get("img_size")
-        return source.load(img_size, self.config["aug"].get("eval_resize", 1.0), self.config["workers"]), source
+        img_size = self.config["img_size"] or (weights and weights.img_size) or model.get("img_size")
+        if img_size is None and isinstance(source, EncodedDataSet):  # arrays have a size of their own
+            img_size = model.get("native_size")
+        sets = source.load(img_size, self.config["aug"].get("eval_resize", 1.0), self.config["workers"])
+        if weights is not None:
+            asked = {key: node[key] for key in ("mean", "std") if node.get(key) and _is_override(f"data.{key}")}
+            sets = dataclasses.replace(sets, preprocess=weights.preparing(sets.preprocess, asked))
+        return sets, source
 
     def loader(self, sets: DataSets, device: torch.device, crop: CropChooser | None = None) -> Loader:
         """Build the loader; `crop` is the augmentation's, to be taken while pictures are read."""
@@ -151,9 +183,19 @@ class Builder:
     def model(self, sets: DataSets) -> nn.Module:
         """Build the network for the data's classes, channels and size, the same weights for the same seed."""
         torch.manual_seed(self.config["seed"])
-        return build_model(
-            self, self.config["model"], sets.num_classes, sets.preprocess.channels, sets.preprocess.img_size
-        )
+        prepared = sets.preprocess
+        head = self.config.get("head", "linear")
+        model = build_model(self, self.model_node(), sets.num_classes, prepared.channels, prepared.img_size, head)
+        if self.pretrained is not None and self.pretrained.state:
+            transfer(model, self.pretrained, prepared.shape, sets.class_names)
+        return model
+
+    def model_node(self) -> dict[str, Any]:
+        """Return the model's config node; with pretrained weights `small_stem=auto` means the stem that they have."""
+        node: dict[str, Any] = self.config["model"]
+        if self.pretrained is not None and node.get("small_stem") == "auto":
+            return {**node, "small_stem": self.pretrained.small_stem}
+        return node
 
     def task(self, sets: DataSets, regularizers: Sequence[Regularizer], device: torch.device) -> Task:
         """Build the task with its loss, weighted by class where `class_weights` asks for it.
@@ -178,10 +220,43 @@ class Builder:
             )
         return task
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Build the optimizer over groups that spare norms and biases from weight decay."""
+    def finetune(self, model: nn.Module, sets: DataSets) -> Strategy:
+        """Divide the model into stages and build what says which of them train.
+
+        Raises:
+            ConfigError: The option does not fit the model's stages, the epochs or `layer_decay`.
+        """
+        node, decay = self.config["finetune"], self.config["layer_decay"]
+        target = resolve(node["_target_"], self.trusted)
+        if decay is not None and "layer_decay" not in inspect.signature(target).parameters:
+            raise ConfigError(
+                f"layer_decay={decay} does nothing with finetune._target_={node['_target_']}, which sets the rates "
+                "itself; leave one of them out."
+            )
+        try:
+            stages = find_stages(model, sets.preprocess.shape, self.config["stages"])
+        except ConfigError:
+            if target is not Full or decay is not None or isinstance(node.get("lr_scale"), dict):
+                raise
+            stages = []  # all parameters train alike, whatever they are part of
+        fixed = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        runtime = {"stages": stages, "fixed": fixed, "layer_decay": decay, "epochs": self.config["epochs"]}
+        make = self.build("finetune", {**node, "_partial_": True})  # Hydra would make plain dictionaries of stages
+        strategy = make(**self._accepted("finetune", target, {}, runtime))
+        if not isinstance(strategy, Strategy):
+            raise ConfigError(f"finetune._target_={node['_target_']} must derive from cvtrain.finetune.Strategy.")
+        untrained = not self.config["pretrained"] and str(self.config["model"]["_target_"]).startswith("cvtrain.")
+        if untrained and not all(strategy.phase(0).factors):
+            names = [s.name for s, factor in zip(stages, strategy.phase(0).factors, strict=True) if not factor]
+            log.warning(
+                "finetune: what is frozen (%s) has weights that nobody has trained; set pretrained=", ", ".join(names)
+            )
+        return strategy
+
+    def optimizer(self, model: nn.Module, finetune: Finetune | None = None) -> torch.optim.Optimizer:
+        """Build the optimizer over the parts of `finetune`, with norms and biases spared from weight decay."""
         node = dict(self.config["optimizer"])
-        groups = param_groups(model, float(node.get("weight_decay", 0.0)))
+        groups = param_groups(model, float(node.get("weight_decay", 0.0)), (finetune or Full()).part_of)
         target = resolve(node["_target_"], self.trusted)
         kwargs = {key: value for key, value in node.items() if key not in CONTROL_KEYS}
         self._accepted("optimizer", target, kwargs, {})
@@ -248,8 +323,7 @@ class Builder:
         parameters = inspect.signature(target).parameters
         if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             return runtime
-        # A model's img_size in its YAML asks for a size; the run has already granted it.
-        unknown = [key for key in given if key not in parameters and not (group == "model" and key == "img_size")]
+        unknown = [key for key in given if key not in parameters]
         if unknown:
             raise ConfigError(
                 f"unknown key {group}.{unknown[0]}={given[unknown[0]]}; {did_you_mean(unknown[0], parameters, 'keys')}"
@@ -264,16 +338,42 @@ class Builder:
             self._check_nested(f"{path}.{key}", value)
 
 
-def build_model(builder: Builder, node: dict[str, Any], num_classes: int, in_channels: int, img_size: int) -> nn.Module:
-    """Build a network from its config node and the three values that the data decides.
+def build_model(
+    builder: Builder, node: dict[str, Any], num_classes: int, in_channels: int, img_size: int, head: str = "linear"
+) -> nn.Module:
+    """Build a network from its config node and the three values that the data decides, and see that it takes the size.
+
+    Args:
+        builder: Knows the user's own packages.
+        node: With `_target_`. The sizes in it ask for what the run has granted by now.
+        num_classes: K.
+        in_channels: Channels of the input.
+        img_size: Side of the input in pixels.
+        head: `linear` leaves the network's own last layer, `mlp` replaces it.
 
     Raises:
-        ConfigError: The target does not return a `torch.nn.Module`.
+        ConfigError: The target does not return a `torch.nn.Module`, or takes larger pictures only.
     """
-    model = builder.build("model", node, num_classes=num_classes, in_channels=in_channels, img_size=img_size)
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model._target_={node['_target_']} returned {type(model).__name__}, not a torch.nn.Module.")
+    node = {key: value for key, value in node.items() if key not in ("img_size", "native_size")}
+
+    def make(side: int) -> nn.Module:
+        model = builder.build("model", node, num_classes=num_classes, in_channels=in_channels, img_size=side)
+        if not isinstance(model, nn.Module):
+            kind = type(model).__name__
+            raise ConfigError(f"model._target_={node['_target_']} returned {kind}, not a torch.nn.Module.")
+        return model
+
+    name = f"model.name={node['name']}" if "name" in node else f"model {str(node['_target_']).rpartition('.')[2]}"
+    model = sized(make, in_channels, img_size, name)
+    if head == "mlp":
+        put_mlp_head(model, (in_channels, img_size, img_size))
     return model
+
+
+def _is_override(key: str) -> bool:
+    """Return whether the user set `key` on the command line, where a YAML of the data set may have it as well."""
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return any(text.lstrip("+").startswith(f"{key}=") for text in given)
 
 
 def lay_out(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:

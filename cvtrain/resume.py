@@ -40,14 +40,14 @@ CLASSES = {
     Effect.ENDING: """
         epochs max_time patience compression export""",
     Effect.ROUNDING: """
-        threads device compile channels_last loader optimizer.fused""",
+        threads device compile channels_last activation_checkpointing loader optimizer.fused""",
     Effect.TRAINING: """
         optimizer scheduler loss regularizer precision aug finetune resizing averaging distillation
-        clip_grad_norm clip_grad_value class_weights sync_batchnorm min_delta limit_eval_batches
+        layer_decay stages clip_grad_norm clip_grad_value class_weights sync_batchnorm min_delta limit_eval_batches
         data.aug_overrides data.root data.val_root data.test_root""",
     Effect.IDENTITY: """
-        task model data img_size seed batch_size grad_accum_steps sampler limit_train_batches overfit_batch
-        monitor mode aug.eval_resize
+        task model pretrained head data img_size seed batch_size grad_accum_steps sampler limit_train_batches
+        overfit_batch monitor mode aug.eval_resize
         optimizer._target_ finetune._target_ averaging._target_ distillation._target_""",
 }
 """What another value of a key does, or of any key below it that is not named itself; `_target_` is a group's option.

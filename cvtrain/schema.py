@@ -43,8 +43,11 @@ ANY_LABELS = {
 }
 """Losses of any number of labels a picture: their option, and the one for one class."""
 
-REMOVABLE = ("data.aug_overrides.", "aug.sample.", "aug.batch.", "resizing.phases.")
+REMOVABLE = ("data.aug_overrides.", "aug.sample.", "aug.batch.", "resizing.phases.", "finetune.phases.")
 """Where null leaves a whole entry out."""
+
+BY_NAME = ("class_weights", "lr_scale")
+"""Keys that may hold a number above 0 for each of several names."""
 
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
 
@@ -153,8 +156,11 @@ RULES: dict[str, Rule] = {
     "on_nan": Rule("str", choices=("stop", "skip")),
     "on_oom": Rule("str", choices=("stop", "microbatch")),
     "compile": FLAG,
+    "activation_checkpointing": FLAG,
+    "stages": Rule("list", item=Rule("list", item=TEXT), optional=True),
     "log_every_steps": COUNT,
     "img_size": COUNT_OR_NULL,
+    "pretrained": Rule("str", optional=True, also=(True, False)),
     "seed": SEED,
     "device": TEXT,
     "channels_last": FLAG,
@@ -183,6 +189,8 @@ RULES: dict[str, Rule] = {
     # model
     "widths": Rule("list", item=COUNT),
     "small_stem": Rule("bool", also=("auto",)),
+    "native_size": COUNT,
+    "head": Rule("str", choices=("linear", "mlp")),
     # data
     "root": TEXT_OR_NULL,
     "download": FLAG,
@@ -191,6 +199,7 @@ RULES: dict[str, Rule] = {
     "split_seed": SEED,
     "mean": Rule("list", item=Rule("float"), optional=True),
     "std": Rule("list", item=POSITIVE, optional=True),
+    "interpolation": Rule("str", choices=("bilinear", "bicubic"), optional=True),
     "channels": Rule("int", low=1),
     "on_error": Rule("str", choices=("fail", "skip")),
     "max_bad": SHARE,
@@ -259,6 +268,13 @@ RULES: dict[str, Rule] = {
     "div_factor": POSITIVE,
     "final_div_factor": POSITIVE,
     "probe": FLAG,
+    # finetune
+    "layer_decay": Rule("float", low=0, high=1, above=True, optional=True),
+    "lr_scale": Rule("str", choices=("none",)),
+    "early_stages": COUNT_OR_NULL,
+    "head_lr": POSITIVE,
+    "late_lr": POSITIVE,
+    "early_lr": POSITIVE,
     # averaging, distillation
     "decay": SHARE_BELOW_1,
     "every_steps": COUNT,
@@ -281,8 +297,11 @@ RULES: dict[str, Rule] = {
     # check
     "near": Rule("float", low=1, optional=True),
     # predict and the verbs on a finished run
-    "what": Rule("str", choices=("aug", "lr")),
+    "what": Rule("str", choices=("aug", "lr", "model")),
     "steps": Rule("int", low=20),
+    "models": Rule("list", item=TEXT),
+    "num_classes": COUNT_OR_NULL,
+    "in_channels": COUNT_OR_NULL,
     "run": TEXT_OR_NULL,
     "weights": TEXT_OR_NULL,
     "source": Rule("str", optional=True),
@@ -325,7 +344,7 @@ def _value_errors(node: dict[str, Any], trusted: Sequence[str], prefix: str = ""
         path = f"{prefix}{key}"
         if key in ("_target_", "_partial_", "_recursive_", "_convert_"):
             continue
-        if key == "class_weights" and isinstance(value, dict):
+        if key in BY_NAME and isinstance(value, dict):
             yield from (
                 f"{path}.{name}={_shown(weight)} is not allowed; expected {POSITIVE.expected()}"
                 for name, weight in value.items()
@@ -383,6 +402,8 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
         except ValueError:
             yield f"max_time={config['max_time']} is not a duration; write 90s, 30m, 2h or 1h30m"
     yield from _split_contradictions(config["data"])
+    yield from _finetune_contradictions(config)
+    yield from _memory_contradictions(config)
 
 
 def _task_contradictions(config: dict[str, Any]) -> Iterator[str]:
@@ -409,6 +430,25 @@ def _task_contradictions(config: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _memory_contradictions(config: dict[str, Any]) -> Iterator[str]:
+    if config.get("activation_checkpointing") and config["compile"]:
+        yield (
+            "activation_checkpointing=true and compile=true: the compiler itself decides what to compute again; "
+            "use one of them"
+        )
+
+
+def _finetune_contradictions(config: dict[str, Any]) -> Iterator[str]:
+    finetune, decay = config.get("finetune", {}), config.get("layer_decay")
+    if decay is not None and isinstance(finetune.get("lr_scale"), dict):
+        yield f"layer_decay={decay} and finetune.lr_scale both set the rates of the stages; use one of them"
+    if finetune.get("phases") and config.get("resizing", {}).get("phases"):
+        yield (
+            "finetune=progressive and resizing=progressive both divide the run into learning-rate cycles; "
+            "use resizing=none, or another finetune="
+        )
+
+
 def _split_contradictions(data: dict[str, Any]) -> Iterator[str]:
     folds, fold = data.get("folds"), data.get("fold")
     if fold is not None and (folds is None or fold >= folds):
@@ -423,6 +463,9 @@ def _split_contradictions(data: dict[str, Any]) -> Iterator[str]:
 
 def _cycles(config: dict[str, Any]) -> list[tuple[str, int]]:
     """Return name and length of each learning-rate cycle: the run's, or its phases'."""
-    phases = config.get("resizing", {}).get("phases") or {}
-    cycles = [(f"resizing.phases.{name}.epochs", phase["epochs"]) for name, phase in phases.items() if phase]
-    return cycles or [("epochs", config["epochs"])]
+    for group in ("resizing", "finetune"):
+        phases = {name: p for name, p in (config.get(group, {}).get("phases") or {}).items() if p}
+        rest = config["epochs"] - sum(phase.get("epochs") or 0 for phase in phases.values())
+        if phases:
+            return [(f"{group}.phases.{name}.epochs", p.get("epochs") or rest) for name, p in phases.items()]
+    return [("epochs", config["epochs"])]

@@ -113,7 +113,7 @@ def test_help_shows_every_verb_group_and_option_with_a_line_each(cvtrain):
 def test_train_help_explains_every_key(cvtrain):
     text = cvtrain("train", "--help").out
     keys = catalog.keys("train")
-    assert len(keys) == 37
+    assert len(keys) == 42
     for name, default, comment in keys:
         assert comment, name
         assert f"  {name}={default}" in text
@@ -158,7 +158,7 @@ def test_a_target_that_is_not_shipped_is_refused_wherever_it_stands(target, wher
 
 def test_every_shipped_target_passes_the_audit():
     targets = catalog.shipped_targets()
-    assert len(targets) == 82
+    assert len(targets) == 89
     audit({"parts": [{"_target_": target} for target in targets], "trusted": []}, [])
 
 

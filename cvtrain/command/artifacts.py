@@ -133,15 +133,17 @@ def _finetune(builder: Builder, run: TrainRun, model: nn.Module, epochs: int) ->
         run.options,
         epochs=epochs,
         seed=run.options.seed + 1,  # other augmentations than in the epochs before
-        base_lr=run.options.base_lr * FINETUNE_LR,
+        base_lr=run.clock(run.options.epochs * run.steps_per_epoch - 1)[0] * FINETUNE_LR,
         save_every_steps=None,
         max_seconds=None,
     )
+    finetune = run.finetune.last()
     inner = dataclasses.replace(
         run,
         options=options,
         model=model,
-        optimizer=builder.optimizer(model),
+        finetune=finetune,
+        optimizer=builder.optimizer(model, finetune),
         schedule=Cosine(),
         monitor=Monitor(run.monitor.name, run.monitor.mode),
         checkpoints=NoCheckpoints(),

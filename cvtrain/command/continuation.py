@@ -79,5 +79,7 @@ def _with_schedule(run: TrainRun, change: resume.Change) -> resume.Change:
 
 def _rate(run: TrainRun, step: int, epochs: int) -> float:
     base_lr, clock = run.clock(step)
-    whole = clock.epochs == run.options.epochs  # else a phase of its own, which keeps its length
-    return run.schedule.lr(base_lr, dataclasses.replace(clock, epochs=epochs) if whole else clock)
+    first = (step - clock.step) // clock.steps_per_epoch
+    if first + clock.epochs == run.options.epochs:  # else a phase before the last, which keeps its length
+        clock = dataclasses.replace(clock, epochs=epochs - first)
+    return run.schedule.lr(base_lr, clock)

@@ -1,4 +1,4 @@
-"""`cvtrain inspect`: what=aug draws what the augmentation does, what=lr finds the learning rate."""
+"""`cvtrain inspect`: what=aug draws what the augmentation does, lr finds the learning rate, model sums up networks."""
 
 from __future__ import annotations
 
@@ -45,8 +45,16 @@ def run(config: dict[str, Any], trusted: list[str]) -> int:
     """Write what `config["what"]` asks for and print its folder; return 0.
 
     Raises:
+        ConfigError: A key that is for something else to look at.
         DataError: The data set cannot be read.
     """
+    if config["what"] == "model":
+        from cvtrain.command import model_summary
+
+        return model_summary.run(config, trusted)
+    for key in ("models", "num_classes", "in_channels"):
+        if config[key]:
+            raise ConfigError(f"{key}={config[key]} is for what=model; leave it out with what={config['what']}.")
     if config["what"] == "lr":
         from cvtrain.command import learning_rate
 

@@ -86,7 +86,7 @@ def measure(run: TrainRun, steps: int) -> RangeTest:
     schedule = _FixedRate()
     run.schedule = schedule
     run.finetune.apply(run.model, 0)
-    run.model.train()
+    run.finetune.train(run.model, 0)
     batches = _endless(run)
 
     def step(lr: float) -> float:
@@ -114,7 +114,9 @@ def _endless(run: TrainRun) -> Generator[list[Batch], None, None]:
 
 
 def _tell(found: RangeTest, config: dict[str, Any], folder: Path) -> None:
-    override = f"optimizer.lr={found.suggestion:g}"
+    unfreezing = [name for name, phase in (config["finetune"].get("phases") or {}).items() if phase]
+    key = f"finetune.phases.{unfreezing[0]}.head_lr" if unfreezing else "optimizer.lr"
+    override = f"{key}={found.suggestion:g}"
     end = "did not diverge" if found.diverged is None else f"diverged at {found.diverged:.2g}"
     log.info(
         "learning rate: the loss falls fastest at %.2g, is smallest at %.2g, %s; suggested is half of the rate of the "

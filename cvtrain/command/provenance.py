@@ -32,6 +32,7 @@ def write_manifest(
     sets: DataSets,
     device: torch.device,
     resumed: dict[str, Any] | None = None,
+    pretrained: dict[str, Any] | None = None,
 ) -> None:
     """Write args.yaml and manifest.json: config, versions, hardware, the data's fingerprint, the commit.
 
@@ -42,6 +43,7 @@ def write_manifest(
         sets: The data.
         device: The run's.
         resumed: What `continuation.record` says about a resume; added to the earlier ones.
+        pretrained: Source, SHA-256 and preparation of the weights that the run begins with.
     """
     write_atomic(folder / runs.ARGS, OmegaConf.to_yaml(OmegaConf.create(config)))
     before, digest = runs.read_json(folder / runs.MANIFEST), runs.config_hash(config)
@@ -76,6 +78,7 @@ def write_manifest(
                 **sets.counts(),
                 "fingerprint": fingerprint(sets),
             },
+            "pretrained": pretrained,
             "git": git_sha(),
         },
     )
@@ -102,6 +105,7 @@ def deployment_metadata(config: dict[str, Any], sets: DataSets) -> dict[str, str
         "class_names": json.dumps(sets.class_names),
         "preprocess": json.dumps(sets.preprocess.to_dict()),
         "model": json.dumps(config["model"]),
+        "head": config["head"],
         "git": git_sha() or "",
     }
 

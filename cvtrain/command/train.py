@@ -26,6 +26,7 @@ from cvtrain.core import distributed, weights
 from cvtrain.core.complexity import count_params
 from cvtrain.core.files import write_atomic, write_json
 from cvtrain.core.metrics import class_counts
+from cvtrain.core.recompute import checkpoint_activations, keep_activations
 from cvtrain.core.types import Batch, DataSets
 from cvtrain.engine import overfit
 from cvtrain.engine.checkpoint import BEST, LAST, CheckpointStore, SharedCheckpoints
@@ -45,6 +46,7 @@ from cvtrain.report.console import (
     class_histogram,
     imbalance_notice,
     make_console,
+    stages_table,
 )
 from cvtrain.resizing import Constant
 
@@ -89,23 +91,26 @@ def train(config: dict[str, Any], folder: Path, trusted: list[str], choices: dic
     (folder / "weights").mkdir(exist_ok=True)
     stops = SharedStop if distributed.world_size() > 1 else StopRequest
     with stops(lambda reason, code: runs.write_status(folder, "stopped", code, reason, True)) as stop:
+        begun = distributed.shared(lambda: _begun(folder))
         with distributed.first_on_main("data"):
-            sets, source = _load(builder, folder)
+            sets, source = _load(builder, folder, begun)
+        origin = None if builder.pretrained is None else builder.pretrained.record()
         processes.refuse_other_data(sets.name, fingerprint(sets))
         _refuse_changed_data(folder, sets)
         if not (folder / "weights" / LAST).exists():  # else the checkpoint's config stands until it is restored
-            write_manifest(folder, config, choices, sets, device)
+            write_manifest(folder, config, choices, sets, device, pretrained=origin)
         for note in sets.notes:
             log.info("data: %s", note)
         run = build_run(builder, sets, device, folder, stop)
         _show_classes(console, config, sets)
+        _show_stages(console, run)
         run.display = Progressing(console)
         if config["overfit_batch"]:
             overfit.prepare(run)
         resumed = run.checkpoints.restore(run)
         if resumed:
             refuse_another_teacher(run, config)
-            write_manifest(folder, config, choices, sets, device, continuation.record(run, config, resumed))
+            write_manifest(folder, config, choices, sets, device, continuation.record(run, config, resumed), origin)
             runs.write_status(folder, "running", None)
         elif getattr(source, "splits", None):
             write_json(folder / "splits.json", source.splits)
@@ -133,10 +138,16 @@ def _tell_progress(run: TrainRun, folder: Path) -> None:
     write_csv(folder / "results.csv", [{"epoch": i + 1, **row} for i, row in enumerate(list(run.state.history))])
 
 
-def _load(builder: Builder, folder: Path) -> tuple[DataSets, Any]:
+def _begun(folder: Path) -> dict[str, Any] | None:
+    """Return what the run recorded of its pretrained weights, once a checkpoint holds what has become of them."""
+    has_checkpoint = any((folder / "weights" / name).exists() for name in runs.CHECKPOINTS)
+    return runs.read_json(folder / runs.MANIFEST).get("pretrained") if has_checkpoint else None
+
+
+def _load(builder: Builder, folder: Path, begun: dict[str, Any] | None) -> tuple[DataSets, Any]:
     """Load the data; every picture that cannot be read is named in a file of the run folder."""
     try:
-        sets, source = builder.data()
+        sets, source = builder.data(begun)
     except DataError as error:
         if error.details:
             write_atomic(folder / UNREADABLE, "\n".join(error.details) + "\n")
@@ -152,6 +163,13 @@ def _show_classes(console: Console, config: dict[str, Any], sets: DataSets) -> N
     notice = imbalance_notice(sets.class_names, counts, sets.multilabel)
     if notice and config["class_weights"] == "none" and config["sampler"] != "balanced":
         log.warning(notice)
+
+
+def _show_stages(console: Console, run: TrainRun) -> None:
+    stages, phases = getattr(run.finetune, "stages", ()), getattr(run.finetune, "phases", ())
+    if stages:
+        sizes = {name: parameter.numel() for name, parameter in run.model.named_parameters()}
+        console.print(stages_table(stages, phases, sizes, run.options.base_lr, run.options.epochs))
 
 
 def _refuse_changed_data(folder: Path, sets: DataSets) -> None:
@@ -177,6 +195,9 @@ def build_run(builder: Builder, sets: DataSets, device: torch.device, folder: Pa
     model = builder.model(sets)
     for regularizer in regularizers:
         regularizer.attach(model, sets.preprocess.shape)
+    finetune = builder.finetune(model, sets)
+    if config["activation_checkpointing"]:
+        checkpoint_activations(model, sets.preprocess.shape, config["stages"])
     if config["sync_batchnorm"]:
         model = processes.with_shared_batch_norm(model, device)
     lay_out(model, device, config["channels_last"])
@@ -205,10 +226,10 @@ def build_run(builder: Builder, sets: DataSets, device: torch.device, folder: Pa
         augmentation=augmentation,
         resizing=_resizing(builder, sets, model, device),
         task=task,
-        optimizer=builder.optimizer(model),
+        optimizer=builder.optimizer(model, finetune),
         schedule=builder.build("scheduler"),
         precision=builder.build("precision"),
-        finetune=builder.build("finetune"),
+        finetune=finetune,
         averaging=averaging,
         distillation=distillation,
         monitor=Monitor(config["monitor"], builder.monitor_mode(), config["patience"], config["min_delta"]),
@@ -293,8 +314,9 @@ def show_schedule(run: TrainRun, folder: Path) -> None:
     stride = -(-total // SCHEDULE_POINTS)
     rates = [run.schedule.lr(*run.clock(step)) for step in range(0, total, stride)]
     title = getattr(run.schedule, "caption", "learning rate")
+    dividing = run.finetune if run.finetune.cycle(0) else run.resizing
     figure = plots.learning_rate(
-        rates, run.steps_per_epoch / stride, folder / "learning_rate.png", title, getattr(run.resizing, "phases", ())
+        rates, run.steps_per_epoch / stride, folder / "learning_rate.png", title, getattr(dividing, "phases", ())
     )
     run.tracker.figure("learning_rate", figure, run.state.step)
 
@@ -307,7 +329,7 @@ def _caption(target: Tensor, names: list[str]) -> str:
 
 def conclude(builder: Builder, run: TrainRun, sets: DataSets, folder: Path, console: Console) -> TrainResult:
     """Evaluate the best checkpoint once on the test set, then compress, export, prove and report."""
-    metadata = deployment_metadata(builder.config, sets)
+    metadata = deployment_metadata({**builder.config, "model": builder.model_node()}, sets)
     if builder.config["sync_batchnorm"]:
         run.model = processes.with_batch_norm_alone(run.model, builder, sets)
     if run.checkpoints.has(BEST):
@@ -315,6 +337,7 @@ def conclude(builder: Builder, run: TrainRun, sets: DataSets, folder: Path, cons
     else:
         run.model.load_state_dict(run.deployed.state_dict())
     run.averaging = NoAveraging()  # what was averaged is now the model
+    keep_activations(run.model)
     model = run.model.eval()
     if distributed.main():
         weights.save_weights(model, folder / "weights" / "model.safetensors", metadata)

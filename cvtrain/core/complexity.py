@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,18 +25,32 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
     Returns:
         Half of what `torch.utils.flop_counter` counts, because it counts a multiply-accumulate as two operations.
     """
-    modes = [(module, module.training) for module in model.modules()]
     first = next(model.parameters(), example)
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        model(example[:1].to(device=first.device, dtype=first.dtype))
+    return int(counter.get_total_flops()) // 2
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` into evaluation, without gradients and with attention as products that can be counted, for a while.
+
+    Each module gets its mode back, and each parameter its gradient.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    counter = FlopCounterMode(display=False)
     try:
         model.eval()
+        for parameter in trains:  # the counter stumbles over a module that is given a token that trains
+            parameter.requires_grad_(False)
         # The fused attention kernel of eval mode has no formula and would count as nothing.
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), counter:
-            model(example[:1].to(device=first.device, dtype=first.dtype))
+        with torch.no_grad():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        for parameter in trains:
+            parameter.requires_grad_(True)
         for module, training in modes:
             module.training = training
-    return int(counter.get_total_flops()) // 2

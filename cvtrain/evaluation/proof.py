@@ -177,19 +177,22 @@ def _check_float(artifact: Artifact, tally: _Tally) -> None:
         )
 
 
-def measure_latency(runners: Sequence[Runner], example: Tensor, runs: int) -> list[list[float]]:
+def measure_latency(
+    runners: Sequence[Runner], example: Tensor, runs: int, warmup: int = _WARMUP_RUNS
+) -> list[list[float]]:
     """Time the runners in turn, so that a slow moment of the machine hits all of them alike.
 
     Args:
         runners: What to time.
         example: The input of every call.
         runs: Timed calls of each.
+        warmup: Calls of each before.
 
     Returns:
         For each runner, `runs` latencies in milliseconds.
     """
     for runner in runners:
-        for _ in range(_WARMUP_RUNS):
+        for _ in range(warmup):
             runner(example)
     times: list[list[float]] = [[] for _ in runners]
     collecting = gc.isenabled()

@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.columns import Columns
@@ -100,7 +100,7 @@ class Progressing:
         numbers = "  ".join(f"{name} {means[f'train/{name}']:.3f}" for name in ("loss", "acc") if means)
         text = (
             f"epoch {run.state.epoch + 1}/{run.options.epochs}  {numbers}{'  ' * bool(means)}"
-            f"lr {run.optimizer.param_groups[0]['lr']:.2e}  {self._rate(run):,.0f} images/s"
+            f"lr {run.optimizer.param_groups[-1]['lr']:.2e}  {self._rate(run):,.0f} images/s"
         )
         self._progress.update(self._task, completed=run.state.step, description=text)
         self._progress.refresh()
@@ -213,6 +213,38 @@ def imbalance_notice(names: Sequence[str], counts: Sequence[int], multilabel: bo
         f"imbalance: {counts[most]:,} training pictures of {names[most]}, {counts[least]:,} of {names[least]}; "
         f"{remedy}. per_class.csv will have the recall of each."
     )
+
+
+def stages_table(
+    stages: Sequence[Any], phases: Sequence[Any], sizes: Mapping[str, int], base_lr: float, epochs: int
+) -> Table:
+    """Return the parts of the model with their parameters and base learning rate, a column for each phase.
+
+    Args:
+        stages: core.Stage, from input to output.
+        phases: finetune.Phase, in order.
+        sizes: Numbers in each parameter, by name.
+        base_lr: The optimizer's, which a phase may replace by its own.
+        epochs: Of the run.
+    """
+    table = Table(title="Stages of the model", title_justify="left", title_style="bold", header_style="bold")
+    table.add_column("stage")
+    table.add_column("modules", overflow="ellipsis", no_wrap=True, max_width=48)
+    table.add_column("parameters", justify="right")
+    for i, phase in enumerate(phases):
+        end = phases[i + 1].first if i + 1 < len(phases) else epochs
+        shown = f"epochs {phase.first + 1}–{end}" if end > phase.first + 1 else f"epoch {end}"
+        table.add_column("lr" if len(phases) == 1 else f"lr, {shown}", justify="right")
+    counts = [sum(sizes[name] for name in stage.parameters) for stage in stages]
+    for k, (stage, count) in enumerate(zip(stages, counts, strict=True)):
+        rates = [(base_lr if phase.lr is None else phase.lr) * phase.factors[k] for phase in phases]
+        modules = ", ".join(stage.modules if len(stage.modules) <= 3 else [stage.modules[0], "…", stage.modules[-1]])
+        row = [escape(modules), f"{count:,}", *(f"{rate:.3g}" if rate else "frozen" for rate in rates)]
+        table.add_row(stage.name, *row)
+    trained = [sum(n for n, factor in zip(counts, p.factors, strict=True) if factor) for p in phases]
+    table.add_section()
+    table.add_row("total", "", f"{sum(counts):,}", *(f"{count:,} train" for count in trained))
+    return table
 
 
 def artifacts_table(rows: Sequence[Any], test_size: int, threads: int) -> Table:

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 INK, TRAIN, VAL = "#1b1f24", "#2a6fdb", "#e07b00"
 
 
-def _save(figure: Figure, path: Path) -> NDArray[np.uint8]:
+def save(figure: Figure, path: Path) -> NDArray[np.uint8]:
+    """Write a figure as PNG and return the picture `(H, W, 3)`."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     write_atomic(path, buffer.getvalue())
@@ -45,7 +46,7 @@ def curves(history: Sequence[dict[str, float]], path: Path) -> NDArray[np.uint8]
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def confusion(matrix: NDArray[np.int64], names: Sequence[str], path: Path, normalize: bool) -> NDArray[np.uint8]:
@@ -70,7 +71,7 @@ def confusion(matrix: NDArray[np.int64], names: Sequence[str], path: Path, norma
                 j, i, text, ha="center", va="center", fontsize=8, color="white" if values[i, j] > threshold else INK
             )
     axis.set_title(f"{int(matrix.sum())} test pictures, {int(np.trace(matrix))} right")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def batch(images: Tensor, captions: Sequence[str], path: Path) -> None:
@@ -117,7 +118,7 @@ def artifacts(rows: Sequence[Any], path: Path) -> None:
     )
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def lr_range(
@@ -146,7 +147,7 @@ def lr_range(
     axis.legend(frameon=False, loc="lower left")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def learning_rate(
@@ -159,7 +160,7 @@ def learning_rate(
         steps_per_epoch: Of these in an epoch.
         path: The file.
         title: What the curve is: a schedule's `caption`.
-        phases: resizing.Phase, marked where there are several.
+        phases: resizing.Phase or finetune.Phase, marked where there are several.
     """
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axis = figure.subplots()
@@ -172,8 +173,9 @@ def learning_rate(
     if len(phases) > 1:
         for phase in phases:
             axis.axvline(phase.first, color=INK, lw=0.8, ls=":")
+            size = f", {phase.img_size} px" if hasattr(phase, "img_size") else ""
             axis.text(
-                *(phase.first, 1.0, f" {phase.name}, {phase.img_size} px"),
+                *(phase.first, 1.0, f" {phase.name}{size}"),
                 transform=axis.get_xaxis_transform(),
                 fontsize=8,
                 va="top",
@@ -184,4 +186,4 @@ def learning_rate(
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    return _save(figure, path)
+    return save(figure, path)

@@ -42,3 +42,17 @@ def test_counting_leaves_modes_statistics_and_settings_as_they_were():
     assert [module.training for module in model] == [True, True, False]
     assert torch.equal(model[1].running_mean, before)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_module_that_is_given_a_parameter_is_counted_too():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.layer = nn.Parameter(torch.ones(1, 4)), nn.Linear(4, 5)
+
+        def forward(self, images):
+            return self.layer(self.token) + images.sum()
+
+    model = Tokens()
+    assert count_macs(model, torch.zeros(2, 4)) == 20
+    assert model.token.requires_grad
