@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 import random
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cvtrain.aug.ranges import pixels_of
+from cvtrain.core.extras import import_extra
 from cvtrain.core.types import Draw, Preprocess
 from cvtrain.errors import ConfigError, did_you_mean
 
@@ -40,15 +40,9 @@ class AlbumentationsTransform:
     def __init__(self, transforms: Sequence[Mapping[str, Any]]) -> None:
         # Read at import: without it, Albumentations asks PyPI for its newest version.
         os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-        try:
-            library = importlib.import_module("albumentations")
-            # Threads do not pay on single small pictures, and do not survive the fork of a data worker.
-            importlib.import_module("cv2").setNumThreads(1)
-        except ImportError as error:
-            raise ConfigError(
-                f"aug: Albumentations cannot be imported ({error}).\n"
-                "  Install it: pip install 'cvtrain[albumentations]'"
-            ) from error
+        library = import_extra("albumentations", "aug=albumentations", "albumentations")
+        # Threads do not pay on single small pictures, and do not survive the fork of a data worker.
+        import_extra("cv2", "aug=albumentations", "albumentations").setNumThreads(1)
         kinds = (library.BasicTransform, library.BaseCompose)
         known = {
             name: value

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cvtrain.core.extras import import_extra
 from cvtrain.data.base import EncodedDataSet
 from cvtrain.data.collection import Collection, Indices, Part
 from cvtrain.data.picture import printable
@@ -125,12 +126,7 @@ class HuggingFace(EncodedDataSet):
         return splits
 
     def _loaded(self) -> Any:  # noqa: ANN401 - a Dataset or a DatasetDict
-        try:
-            import datasets
-        except ImportError as error:
-            raise ConfigError(
-                "data=hf needs the package datasets, which is not installed\n  install it: pip install 'cvtrain[hf]'"
-            ) from error
+        datasets = import_extra("datasets", "data=hf", "hf")
         name = str(self.name)
         is_folder = Path(name).is_dir()
         try:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from cvtrain.core.extras import import_extra
 from cvtrain.errors import ConfigError, did_you_mean
 from cvtrain.model.fitting import fit_stem, raise_batch_norm_momentum, tell_channels
 
@@ -46,11 +47,4 @@ def timm_model(
 
 def import_timm(name: str) -> Any:  # noqa: ANN401 - a module without types
     """Return the package timm, wanted for the model `name`; raise ConfigError where it is not installed."""
-    try:
-        import timm
-    except ImportError as error:
-        raise ConfigError(
-            f"model=timm model.name={name} needs the package timm, which is not installed\n"
-            "  install it: pip install 'cvtrain[timm]'"
-        ) from error
-    return timm
+    return import_extra("timm", f"model=timm model.name={name}", "timm")

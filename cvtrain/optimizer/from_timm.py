@@ -7,10 +7,10 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from cvtrain.errors import ConfigError
+from cvtrain.core.extras import import_extra
 
 
-def lion(params: Any, lr: float, betas: Sequence[float], weight_decay: float) -> Optimizer:  # noqa: ANN401 - as torch's
+def lion(params: Any, lr: float, betas: Sequence[float], weight_decay: float) -> Optimizer:
     """Return timm's Lion: each step has the size `lr`, its direction the sign of a momentum.
 
     Source: Chen et al., "Symbolic discovery of optimization algorithms", NeurIPS 2023, arXiv:2302.06675.
@@ -24,12 +24,14 @@ def lion(params: Any, lr: float, betas: Sequence[float], weight_decay: float) ->
     Raises:
         ConfigError: timm is not installed.
     """
-    optimizer: Optimizer = _timm_optimizers("lion").Lion(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
+    optimizer: Optimizer = import_extra("timm.optim", "optimizer=lion", "timm").Lion(
+        params, lr=lr, betas=tuple(betas), weight_decay=weight_decay
+    )
     return optimizer
 
 
 def muon(
-    params: Any,  # noqa: ANN401 - as torch's
+    params: Any,
     lr: float,
     momentum: float,
     nesterov: bool,
@@ -55,18 +57,8 @@ def muon(
     Raises:
         ConfigError: timm is not installed.
     """
-    optimizer: Optimizer = _timm_optimizers("muon").Muon(
+    library = import_extra("timm.optim", "optimizer=muon", "timm")
+    optimizer: Optimizer = library.Muon(
         params, lr=lr, momentum=momentum, nesterov=nesterov, betas=tuple(betas), weight_decay=weight_decay
     )
     return optimizer
-
-
-def _timm_optimizers(option: str) -> Any:  # noqa: ANN401 - a module without types
-    try:
-        import timm.optim
-    except ImportError as error:
-        raise ConfigError(
-            f"optimizer={option} needs the package timm, which is not installed\n"
-            "  install it: pip install 'cvtrain[timm]'"
-        ) from error
-    return timm.optim

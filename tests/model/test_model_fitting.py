@@ -183,7 +183,7 @@ def test_a_name_that_timm_does_not_know_is_refused(name, words):
 
 def test_without_timm_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ConfigError, match=r"(?s)model=timm .* is not installed.*pip install 'cvtrain\[timm\]'"):
+    with pytest.raises(ConfigError, match=r"(?s)model=timm .* needs the package timm.*pip install 'cvtrain\[timm\]'"):
         build("timm", 2, 3, 32)
 
 
