@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from cvtrain.core.extras import import_extra
 
 
-def lion(params: Any, lr: float, betas: Sequence[float], weight_decay: float) -> Optimizer:
+def lion(params: Any, lr: float, betas: Sequence[float], weight_decay: float) -> Optimizer:  # noqa: ANN401 - as torch's
     """Return timm's Lion: each step has the size `lr`, its direction the sign of a momentum.
 
     Source: Chen et al., "Symbolic discovery of optimization algorithms", NeurIPS 2023, arXiv:2302.06675.
@@ -31,7 +31,7 @@ def lion(params: Any, lr: float, betas: Sequence[float], weight_decay: float) ->
 
 
 def muon(
-    params: Any,
+    params: Any,  # noqa: ANN401 - as torch's
     lr: float,
     momentum: float,
     nesterov: bool,

@@ -98,7 +98,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], timed: str) -> Table:
     batches = [name.removesuffix("_ms_p50") for name in rows[0] if name.endswith("_ms_p50")]
     step = f"training step, batch {rows[0]['batch_size']}"
     heads = ("input", "parameters", "MACs", "weights", "activations", step, "receptive field")
-    for name in (*heads, *(f"{name.replace('_', ' ')} [ms]" for name in batches)):
+    for name in (*heads, *(f"{name.replace('_', ' ')}, ms" for name in batches)):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
