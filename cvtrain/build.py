@@ -236,7 +236,8 @@ class Builder:
         try:
             stages = find_stages(model, sets.preprocess.shape, self.config["stages"])
         except ConfigError:
-            if target is not Full or decay is not None or isinstance(node.get("lr_scale"), dict):
+            asked = decay is not None or isinstance(node.get("lr_scale"), dict) or self.config["stages"] is not None
+            if target is not Full or asked:
                 raise
             stages = []  # all parameters train alike, whatever they are part of
         fixed = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]

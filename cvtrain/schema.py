@@ -379,7 +379,7 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
     if scheduler.get("min_lr", 0) > optimizer.get("lr", math.inf):
         yield f"scheduler.min_lr={scheduler['min_lr']} is above optimizer.lr={optimizer['lr']}: lower scheduler.min_lr"
     for name, epochs in _cycles(config):
-        if scheduler.get("warmup_epochs", 0) >= epochs and scheduler.get("warmup_epochs", 0) > 0:
+        if scheduler.get("warmup_epochs", 0) >= epochs > 0 and scheduler.get("warmup_epochs", 0) > 0:
             yield (
                 f"scheduler.warmup_epochs={scheduler['warmup_epochs']} leaves nothing of "
                 f"{name}={epochs}: lower it, or raise {name}"

@@ -30,6 +30,11 @@ def run(config: dict[str, Any], trusted: list[str]) -> int:
         raise ConfigError(f"output={output} must end in .csv or .json.")
     paths = find_pictures(str(config["source"]))
     shipped = deployed.load(config, trusted)
+    if shipped.preprocess.channels not in (1, 3):
+        raise ConfigError(
+            f"this model takes {shipped.preprocess.channels} channels; predict reads pictures of 1 or 3. "
+            "Measure it with cvtrain val on its own data."
+        )
     topk = min(int(config["topk"]), len(shipped.class_names))
     rows: list[dict[str, Any]] = []
     failed: list[str] = []

@@ -7,6 +7,7 @@ import os
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cvtrain.build import Builder, lay_out
 from cvtrain.core import distributed
@@ -52,8 +53,23 @@ def with_shared_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
         raise ConfigError(
             f"sync_batchnorm=true with device={device.type}: torch has it for GPUs only. Use sync_batchnorm=false."
         )
+    refuse_more_than_batch_norm(model)
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     return converted
+
+
+def refuse_more_than_batch_norm(model: nn.Module) -> None:
+    """See that torch's conversion keeps what the network computes.
+
+    Raises:
+        ConfigError: A batch norm does more than that, as timm's with an activation inside; torch would leave that out.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and type(module).forward is not _BatchNorm.forward:
+            raise ConfigError(
+                f"sync_batchnorm=true: {path} is a {type(module).__name__}, of which torch would keep the batch norm "
+                "and nothing else. Use sync_batchnorm=false."
+            )
 
 
 def with_batch_norm_alone(model: nn.Module, builder: Builder, sets: DataSets) -> nn.Module:

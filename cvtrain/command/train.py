@@ -37,6 +37,7 @@ from cvtrain.engine.run import TERMS, Task, TrainRun, TrainState
 from cvtrain.engine.signals import StopRequest
 from cvtrain.errors import ConfigError, DataError, did_you_mean
 from cvtrain.logger import NoLogger
+from cvtrain.model.size import refusal
 from cvtrain.precision.compiling import compiled
 from cvtrain.report import plots
 from cvtrain.report.console import (
@@ -224,7 +225,7 @@ def build_run(builder: Builder, sets: DataSets, device: torch.device, folder: Pa
         preprocess=sets.preprocess,
         loader=loader,
         augmentation=augmentation,
-        resizing=_resizing(builder, sets, model, device),
+        resizing=_resizing(builder, sets, model),
         task=task,
         optimizer=builder.optimizer(model, finetune),
         schedule=builder.build("scheduler"),
@@ -257,21 +258,19 @@ def build_run(builder: Builder, sets: DataSets, device: torch.device, folder: Pa
     return run
 
 
-def _resizing(builder: Builder, sets: DataSets, model: nn.Module, device: torch.device) -> Constant:
+def _resizing(builder: Builder, sets: DataSets, model: nn.Module) -> Constant:
     """Build the phases, and see that the model takes pictures of each size."""
     size = sets.preprocess.img_size
     resizing: Constant = builder.build("resizing", epochs=builder.config["epochs"], img_size=size)
     if len(resizing.phases) == 1:
         return resizing
     for phase in resizing.phases:
-        try:
-            with torch.inference_mode():
-                model.eval()(torch.zeros(1, sets.preprocess.channels, phase.img_size, phase.img_size, device=device))
-        except RuntimeError as error:
+        reason = refusal(model, (sets.preprocess.channels, phase.img_size, phase.img_size))
+        if reason is not None:
             raise ConfigError(
                 f"resizing.phases.{phase.name}.img_size={phase.img_size}: this model does not take that size "
-                f"({str(error).splitlines()[0]})\n  choose larger phases, or a model that pools at its end"
-            ) from error
+                f"({str(reason).partition(chr(10))[0]})\n  choose larger phases, or a model that pools at its end"
+            ) from reason
         log.info(
             "resizing: epochs %d to %d at %d×%d, lr %g; evaluation at %d×%d",
             *(phase.first + 1, phase.first + phase.epochs, phase.img_size, phase.img_size),

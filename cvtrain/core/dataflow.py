@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from cvtrain.core.quiet import quiet
-from cvtrain.errors import ConfigError
+from cvtrain.errors import ConfigError, Interrupted
 
 BATCH = 3
 """Pictures in the batch: a first dimension that hardly anything else in a network has."""
@@ -164,6 +164,8 @@ def dataflow(model: nn.Module, shape: tuple[int, int, int] | None = None) -> Dat
     for height, width in sides:
         try:
             return _run(model, (BATCH, channels, height, width))
+        except Interrupted:
+            raise
         except Exception as error:  # a model raises what it likes
             failure = failure or error
     reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__

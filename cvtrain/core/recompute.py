@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -52,9 +52,13 @@ class Recomputed:
         return self._part(self.parts[-1][1], None, value)
 
     def _part(self, begin: int, end: int | None, value: Tensor) -> Tensor:
-        for child in list(self.module.children())[begin:end]:
+        for child in list(self._children())[begin:end]:
             value = child(value)
         return value
+
+    def _children(self) -> Iterator[nn.Module]:
+        # `children` would leave out the second use of an activation.
+        return (child for child in self.module._modules.values() if child is not None)
 
     def _kept(self, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - see __call__
         return checkpoint(forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
@@ -169,7 +173,7 @@ def _several_layers(module: nn.Module) -> bool:
 def _parts(module: nn.Module, path: str, plan: _Plan) -> list[tuple[int, int]]:
     """Return where a chain is divided: where its stages begin, up to the head."""
     homes: list[int] = []
-    for name, _ in module.named_children():
+    for name in module._modules:  # `named_children` would leave out an activation's second use
         stages = plan.stages(f"{path}.{name}" if path else name)
         homes.append(max([*stages, *homes[-1:]], default=0))
     starts = [i for i, home in enumerate(homes) if i == 0 or home > homes[i - 1]]

@@ -33,8 +33,10 @@ def resize_all(pixels: NDArray[np.uint8], resize: int, workers: int, interpolati
 
     def fill(position: int) -> None:
         picture = pixels[position]
-        image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
-        result[position] = np.asarray(square(image, resize, interpolation)).reshape(resize, resize, -1)
+        # Pillow takes two or four channels for transparency, and no others.
+        parts = [picture] if picture.shape[-1] == 3 else [picture[..., i] for i in range(picture.shape[-1])]
+        resized = [np.asarray(square(Image.fromarray(part), resize, interpolation)) for part in parts]
+        result[position] = resized[0] if picture.shape[-1] == 3 else np.stack(resized, axis=-1)
 
     if workers > 1:
         with ThreadPoolExecutor(workers) as pool:

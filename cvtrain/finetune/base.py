@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from torch import nn
@@ -94,9 +95,12 @@ class Strategy:
     def train(self, model: nn.Module, epoch: int) -> None:
         """Put `model`, or a copy of it, into training mode, and the stages that are frozen in `epoch` into eval."""
         model.train()
-        for stage in self._frozen(epoch):
+        frozen = self._frozen(epoch)
+        for stage in frozen:
             for path in stage.modules:
                 model.get_submodule(path).eval()
+        if frozen:
+            _rest_between_frozen(model, {name for stage in frozen for name in stage.parameters})
 
     def last(self) -> Strategy:
         """Return what holds in the last phase, for every epoch, at rates relative to the run's."""
@@ -104,6 +108,22 @@ class Strategy:
 
     def _frozen(self, epoch: int) -> list[Stage]:
         return [stage for stage, factor in zip(self.stages, self.phase(epoch).factors, strict=True) if not factor]
+
+
+def _rest_between_frozen(model: nn.Module, frozen: AbstractSet[str]) -> None:
+    """Put what has no weights, such as dropout, into eval where the weights before and behind it are `frozen`."""
+    waiting: list[nn.Module] = []
+    rests = True
+    for path, module in model.named_modules():
+        own = [original(f"{path}.{name}".lstrip(".")) for name, _ in module.named_parameters(recurse=False)]
+        if not own:
+            if next(module.children(), None) is None:
+                waiting.append(module)
+            continue
+        if rests and frozen >= set(own):
+            for each in waiting:
+                each.eval()
+        rests, waiting = frozen >= set(own), []
 
 
 def original(name: str) -> str:

@@ -122,6 +122,11 @@ def _folded(
         and own[name].shape == (tensor.shape[0], channels, *tensor.shape[2:])
         and tensor.shape[1] == first.shape[1]
     ]
+    if type(model.get_submodule(path)).forward is not nn.Conv2d.forward:
+        log.warning(
+            "pretrained: %s is a %s, which scales its weights anew in each step: its response will not be what it was",
+            *(path, type(model.get_submodule(path)).__name__),
+        )
     log.info(
         "pretrained: %s folded from %d channels to %d (%s)",
         *(", ".join(taking) or "nothing", first.shape[1], channels),

@@ -23,7 +23,7 @@ from cvtrain.core.files import sha256
 from cvtrain.core.quiet import quiet
 from cvtrain.core.types import Preprocess
 from cvtrain.core.weights import parse_metadata, parse_preprocess, pickle_globals, pieces, read
-from cvtrain.errors import ConfigError, WeightsError, did_you_mean
+from cvtrain.errors import ConfigError, Interrupted, WeightsError, did_you_mean
 from cvtrain.model.fitting import SMALL_PICTURE
 from cvtrain.model.folding import fold_statistics
 from cvtrain.model.timm_model import import_timm
@@ -285,6 +285,8 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except Interrupted:
+        raise
     except Exception as error:  # whatever torch raises for a file that is something else
         usual = ("torch.", "collections.OrderedDict")
         asked = [name for name in pickle_globals(path) or [] if not name.startswith(usual)]
@@ -313,6 +315,8 @@ def _fetched(load: Callable[[], Any], tag: str | None, cache: str) -> Any:  # no
     try:
         with quiet():
             return load()
+    except Interrupted:
+        raise
     except Exception as error:  # what the libraries' many ways of asking raise
         if isinstance(error, OSError) and error.errno in FULL_DISK:
             raise
@@ -334,7 +338,7 @@ def _from_hub(load: Callable[[], Any]) -> Any:  # noqa: ANN401 - what `load` ret
     try:
         return load()
     except Exception as error:
-        if before:
+        if before or isinstance(error, Interrupted):
             raise
         log.debug("not in the cache: %s", error)
     finally:

@@ -254,3 +254,17 @@ def test_gradients_that_two_processes_share_are_the_same(tmp_path):
         warnings.simplefilter("ignore")
         torch.multiprocessing.spawn(_rank, (tmp_path,), nprocs=2)
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["True", "True"]
+
+
+def test_an_activation_that_a_chain_uses_twice_is_computed_twice():
+    act = nn.ReLU()
+    plain, saving = pair(
+        lambda: nn.Sequential(
+            *(nn.Conv2d(3, 4, 3, 2, 1), act, nn.Conv2d(4, 4, 3, 2, 1), act, nn.Conv2d(4, 4, 3, 2, 1), act),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)),
+        )
+    )
+    checkpoint_activations(saving, SHAPE)
+    images = torch.randn(4, *SHAPE)
+    for one, two in zip(step(plain, images), step(saving, images), strict=True):
+        assert str(one) == str(two)

@@ -359,3 +359,11 @@ def test_statistics_that_do_not_fit_the_channels_are_refused():
         Digits(mean=[0.5, 0.5, 0.5]).load(None, 1.0, 0)
     with pytest.raises(ConfigError, match="std above 0"):
         Digits(std=[0.0]).load(None, 1.0, 0)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_channels_that_are_no_colours_are_resized_each_by_itself(channels):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 12, 12, channels), dtype=np.uint8)
+    pixels[..., -1] = 0  # Pillow would take it for full transparency
+    alone = [resize_all(pixels[..., i : i + 1].copy(), 8, 0) for i in range(channels)]
+    assert torch.equal(resize_all(pixels, 8, 0), torch.cat(alone, dim=1))

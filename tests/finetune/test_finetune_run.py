@@ -10,6 +10,7 @@ from rich.console import Console
 
 from cvtrain.build import Builder
 from cvtrain.command.learning_rate import measure
+from cvtrain.command.processes import refuse_more_than_batch_norm
 from cvtrain.command.train import build_run
 from cvtrain.compose import Composer
 from cvtrain.core.stages import Stage
@@ -174,3 +175,22 @@ def test_statistics_are_measured_anew_as_torch_does_it_but_for_norms_that_stand_
     remeasure(model, [3 * batch for batch in batches])
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"3.running_mean", "3.running_var"}
+
+
+def test_stages_that_are_not_there_are_refused_whatever_trains(cvtrain):
+    answer = cvtrain("stages=[[nonsense],[head]]", "epochs=1")
+    assert answer.code == 2
+    assert "nonsense is no module of this network" in answer.err
+
+
+def test_too_few_epochs_for_the_phases_are_told_as_that(cvtrain):
+    answer = cvtrain("finetune=progressive", "epochs=5", "scheduler=cosine", "scheduler.warmup_epochs=1")
+    assert answer.code == 2
+    assert "the phases take 3 + 3 + the rest epochs, the run has 5" in answer.err
+
+
+def test_a_batch_norm_with_more_inside_is_not_shared_among_processes():
+    timm = pytest.importorskip("timm")
+    with pytest.raises(ConfigError, match=r"bn1 is a BatchNormAct2d"):
+        refuse_more_than_batch_norm(timm.create_model("efficientnet_b0"))
+    refuse_more_than_batch_norm(timm.create_model("resnet18"))

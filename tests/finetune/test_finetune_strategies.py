@@ -93,7 +93,7 @@ def test_the_comparison_above_notices_what_a_freezing_by_gradients_alone_would_c
         ("simple_cnn", "sgd"),
         ("vit", "muon"),
         pytest.param("mobilenet", "adamw", marks=pytest.mark.slow),
-        pytest.param("resnet", "sgd", marks=pytest.mark.slow),
+        pytest.param("resnet", "adamw", marks=pytest.mark.slow),
     ],
 )
 def test_progressive_unfreezing_moves_what_each_phase_names_at_its_rates(tmp_path, name, optimizer):
@@ -238,6 +238,27 @@ def test_one_rate_for_all_costs_no_more_optimizer_groups_than_weight_decay_needs
     assert [id(p) for group in param_groups(model, 0.1, Full(stages).part_of) for p in group["params"]] == [
         id(p) for group in param_groups(model, 0.1) for p in group["params"]
     ]
+
+
+def test_dropout_between_frozen_layers_rests_and_before_the_head_it_trains():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(1))
+            self.first, self.between = nn.Linear(4, 4), nn.Dropout(0.5)
+            self.second, self.before_head, self.head = nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2)
+
+    model = Net()
+    stages = [
+        Stage("stem", ("first",), ("token", "first.weight", "first.bias")),
+        Stage("stage1", ("second",), ("second.weight", "second.bias")),
+        Stage("head", ("head",), ("head.weight", "head.bias")),
+    ]
+    for strategy, resting in ((FeatureExtraction(stages), True), (Early(1, stages), False), (Full(stages), False)):
+        for each in (model, copy.deepcopy(model).requires_grad_(False)):
+            strategy.train(each, 0)
+            assert each.between.training is not resting
+            assert each.before_head.training
 
 
 @pytest.mark.parametrize(
