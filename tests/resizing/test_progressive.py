@@ -75,7 +75,10 @@ def test_a_model_that_takes_one_size_only_is_refused_by_phase(cvtrain):
 @pytest.mark.slow
 def test_a_network_of_one_size_is_refused_with_the_phase(cvtrain):
     answer = cvtrain(
-        "model=vit_b_16", "img_size=32", "resizing=progressive", *("resizing.phases.small.img_size=16", "resizing.phases.medium=null", "epochs=16")
+        "model=vit_b_16",
+        "img_size=32",
+        "resizing=progressive",
+        *("resizing.phases.small.img_size=16", "resizing.phases.medium=null", "epochs=16"),
     )
     assert answer.code == 2
     assert "this model does not take that size" in answer.err
