@@ -300,9 +300,13 @@ def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 def _has_plain_fused_step(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether a step is no more than torch's fused kernel of SGD with momentum, group by group."""
-    return type(optimizer) is torch.optim.SGD and all(
-        group["fused"] and group["momentum"] and not group["dampening"] for group in optimizer.param_groups
-    )
+    if (
+        type(optimizer) is not torch.optim.SGD
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+    ):
+        return False
+    return all(group["fused"] and group["momentum"] and not group["dampening"] for group in optimizer.param_groups)
 
 
 @torch.no_grad()

@@ -17,10 +17,8 @@ def test_three_kills_of_a_run_change_no_bit(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_kill_of_every_kind_of_run_change_no_bit(tmp_path):
-    rows = torture(tmp_path, "--kills", "13", "--seed", "1")
-    assert total(rows, "kills") == 13
-    assert len({case for case, _ in rows}) == 13
-    assert total(rows, "inside saves") >= 3
-    assert total(rows, "runs finished") >= 13
+def test_kills_of_runs_that_change_their_number_of_workers_change_no_bit(tmp_path):
+    rows = torture(tmp_path, "--kills", "4", "--seed", "1", "--case", "in turn")
+    assert total(rows, "kills") == 4
+    assert total(rows, "runs finished") >= 1
     assert (total(rows, "lost checkpoints"), total(rows, "differing bits"), total(rows, "wrong")) == (0, 0, 0)
