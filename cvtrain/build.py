@@ -23,7 +23,8 @@ from cvtrain.core.types import CropChooser, DataSets, Preprocess
 from cvtrain.data.base import EncodedDataSet
 from cvtrain.data.loader import Loader, LoaderConfig
 from cvtrain.distillation import Teacher
-from cvtrain.engine.run import Distillation, Finetune, Task, TrainOptions
+from cvtrain.engine.parts import Distillation, Finetune, Task
+from cvtrain.engine.run import TrainOptions
 from cvtrain.errors import ConfigError, CvtrainError, RefusedError, did_you_mean
 from cvtrain.finetune import Full, Strategy
 from cvtrain.loss import class_weights
@@ -130,7 +131,7 @@ class Builder:
         if weights is not None and "interpolation" in node:
             node["interpolation"] = weights.reading(node["interpolation"])
         source = self.build("data", node)
-        img_size = self.config["img_size"] or (weights and weights.img_size) or model.get("img_size")
+        img_size = self.asked_size()
         if img_size is None and isinstance(source, EncodedDataSet):  # arrays have a size of their own
             img_size = model.get("native_size")
         sets = source.load(img_size, self.config["aug"].get("eval_resize", 1.0), self.config["workers"])
@@ -138,6 +139,13 @@ class Builder:
             asked = {key: node[key] for key in ("mean", "std") if node.get(key) and _is_override(f"data.{key}")}
             sets = dataclasses.replace(sets, preprocess=weights.preparing(sets.preprocess, asked))
         return sets, source
+
+    def asked_size(self) -> int | None:
+        """Return the side that the user asks for, else the pretrained weights, else the model; None: nobody does."""
+        size: int | None = self.config["img_size"]
+        if size is None and self.pretrained is not None:
+            size = self.pretrained.img_size
+        return self.config["model"].get("img_size") if size is None else size
 
     def loader(self, sets: DataSets, device: torch.device, crop: CropChooser | None = None) -> Loader:
         """Build the loader; `crop` is the augmentation's, to be taken while pictures are read."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -87,7 +86,7 @@ class Augmentation:
             (seed, epoch, its index) only, never on its batch. On a GPU the host does not wait for it.
         """
         operations = list(self.sample.items())[cropped and self.crop is not None :]
-        with one_thread(images.device) if operations else nullcontext():
+        with one_thread(images.device):
             for key, op in operations:
                 draw, resizing = _Draw(seed, epoch, indices, key), self._resizing.get(key)
                 images = op(images, draw) if resizing is None else resizing.to_size(images, draw, img_size)

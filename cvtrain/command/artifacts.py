@@ -21,7 +21,9 @@ from cvtrain.core.complexity import count_macs, count_params
 from cvtrain.engine.checkpoint import NoCheckpoints
 from cvtrain.engine.loop import fit
 from cvtrain.engine.monitor import Monitor
-from cvtrain.engine.run import Silent, TrainRun, TrainState
+from cvtrain.engine.parts import Silent
+from cvtrain.engine.run import TrainRun
+from cvtrain.engine.state import TrainState
 from cvtrain.errors import CvtrainError, Interrupted, StorageError
 from cvtrain.evaluation.proof import ProofRow, prove, write_artifacts_csv
 from cvtrain.export import export_onnx, write_preprocess

@@ -130,9 +130,8 @@ def _sets(builder: Builder) -> DataSets:
     classes, channels = config["num_classes"], config["in_channels"]
     if config["pretrained"] and None not in (classes, channels):  # else loading the data does it
         builder.pretrained = resolve_pretrained(config["pretrained"], config["model"])
-    weights = builder.pretrained
-    size = config["img_size"] or (weights and weights.img_size) or config["model"].get("img_size")
-    if None in (classes, channels, size):
+    size = builder.asked_size()
+    if size is None or None in (classes, channels):
         sets, _ = builder.data()
         log.info("inspect: classes, channels and size that are not given are those of data %s", sets.name)
         size = sets.preprocess.img_size

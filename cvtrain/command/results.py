@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cvtrain.core.files import write_atomic
 from cvtrain.core.metrics import ClassificationMetrics
-from cvtrain.engine.run import Metrics
+from cvtrain.engine.parts import Metrics
 from cvtrain.evaluation.intervals import wilson
 from cvtrain.report import plots
 

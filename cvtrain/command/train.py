@@ -32,12 +32,14 @@ from cvtrain.engine import overfit
 from cvtrain.engine.checkpoint import BEST, LAST, CheckpointStore, SharedCheckpoints
 from cvtrain.engine.loop import evaluate_model, fit
 from cvtrain.engine.monitor import Monitor
+from cvtrain.engine.parts import Task
 from cvtrain.engine.ranks import SharedStop
-from cvtrain.engine.run import TERMS, Task, TrainRun, TrainState
+from cvtrain.engine.run import TrainRun
 from cvtrain.engine.signals import StopRequest
+from cvtrain.engine.state import TERMS, TrainState
 from cvtrain.errors import ConfigError, DataError, did_you_mean
 from cvtrain.logger import NoLogger
-from cvtrain.model.size import refusal
+from cvtrain.model.size import first_line, refusal
 from cvtrain.precision.compiling import compiled
 from cvtrain.report import plots
 from cvtrain.report.console import (
@@ -269,7 +271,7 @@ def _resizing(builder: Builder, sets: DataSets, model: nn.Module) -> Constant:
         if reason is not None:
             raise ConfigError(
                 f"resizing.phases.{phase.name}.img_size={phase.img_size}: this model does not take that size "
-                f"({str(reason).partition(chr(10))[0]})\n  choose larger phases, or a model that pools at its end"
+                f"({first_line(reason)})\n  choose larger phases, or a model that pools at its end"
             ) from reason
         log.info(
             "resizing: epochs %d to %d at %d×%d, lr %g; evaluation at %d×%d",

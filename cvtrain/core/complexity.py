@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cvtrain.core.modes import evaluating
+
 
 def count_params(model: nn.Module) -> int:
     """Return the number of parameters, frozen ones included and shared ones once; zeros count."""
@@ -26,31 +28,27 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
         Half of what `torch.utils.flop_counter` counts, because it counts a multiply-accumulate as two operations.
     """
     first = next(model.parameters(), example)
-    with evaluating(model), FlopCounterMode(display=False) as counter:
+    with counting(model), FlopCounterMode(display=False) as counter:
         model(example[:1].to(device=first.device, dtype=first.dtype))
     return int(counter.get_total_flops()) // 2
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def counting(model: nn.Module) -> Iterator[None]:
     """Put `model` into evaluation, without gradients and with attention as products that can be counted, for a while.
 
     Each module gets its mode back, and each parameter its gradient.
     """
-    modes = [(module, module.training) for module in model.modules()]
     trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
-        model.eval()
         for parameter in trains:  # the counter stumbles over a module that is given a token that trains
             parameter.requires_grad_(False)
         # The fused attention kernel of eval mode has no formula and would count as nothing.
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for parameter in trains:
             parameter.requires_grad_(True)
-        for module, training in modes:
-            module.training = training

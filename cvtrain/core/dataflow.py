@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from cvtrain.core.modes import evaluating
 from cvtrain.core.quiet import quiet
 from cvtrain.errors import ConfigError, Interrupted
 
@@ -74,11 +75,11 @@ class Dataflow(TorchFunctionMode):
         self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:  # noqa: ANN401 - whatever `func` returns
         """Call `func` and record what it made."""
-        given = list(_tensors([args, kwargs]))
+        given = list(tensors_in([args, kwargs]))
         operands = [(self._numbers.get(id(t)), tuple(t.shape)) for t in given]
         weighted = any(isinstance(t, nn.Parameter) or id(t) in self._weights for t in given)
         result = func(*args, **(kwargs or {}))
-        made = list(_tensors(result))
+        made = list(tensors_in(result))
         if made:  # not `weight.shape` and the like
             for parameter in given:
                 if isinstance(parameter, nn.Parameter):
@@ -105,7 +106,7 @@ class Dataflow(TorchFunctionMode):
         Raises:
             ValueError: It was not made of the pictures.
         """
-        numbers = [self._numbers[id(t)] for t in _tensors(output) if id(t) in self._numbers]
+        numbers = [self._numbers[id(t)] for t in tensors_in(output) if id(t) in self._numbers]
         if not numbers:
             raise ValueError("its output was not made of the pictures by functions of torch")
         self.output = numbers[0]
@@ -174,28 +175,26 @@ def dataflow(model: nn.Module, shape: tuple[int, int, int] | None = None) -> Dat
 
 def _run(model: nn.Module, shape: tuple[int, ...]) -> Dataflow:
     flow = Dataflow()
-    modes = {module: module.training for module in model.modules()}
     first = next(model.parameters(), None)
     handles = [handle for path, module in model.named_modules() if path for handle in flow.watch(path, module)]
     try:
-        model.eval()
-        with quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), flow:  # torch logs what it refuses
+        # Quiet, as torch logs what it refuses.
+        with evaluating(model), quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), flow:
             images = torch.empty(shape, device=None if first is None else first.device)
             flow.begin(images)
             flow.end(model(images))
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     return flow
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and dictionaries, such as what a module returns."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        yield from tensors_in(list(value.values()))

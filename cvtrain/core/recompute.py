@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -52,13 +52,10 @@ class Recomputed:
         return self._part(self.parts[-1][1], None, value)
 
     def _part(self, begin: int, end: int | None, value: Tensor) -> Tensor:
-        for child in list(self._children())[begin:end]:
+        # `children` would leave out the second use of an activation.
+        for child in [child for child in self.module._modules.values() if child is not None][begin:end]:
             value = child(value)
         return value
-
-    def _children(self) -> Iterator[nn.Module]:
-        # `children` would leave out the second use of an activation.
-        return (child for child in self.module._modules.values() if child is not None)
 
     def _kept(self, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - see __call__
         return checkpoint(forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)

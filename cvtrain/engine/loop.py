@@ -18,8 +18,9 @@ from cvtrain.core.types import Batch
 from cvtrain.engine.batch_norm import remeasure
 from cvtrain.engine.divergence import check_finite, keeping_the_batch
 from cvtrain.engine.memory import halve_micro_batches
+from cvtrain.engine.parts import Metrics
 from cvtrain.engine.ranks import average_buffers, in_step
-from cvtrain.engine.run import Metrics, TrainRun
+from cvtrain.engine.run import TrainRun
 from cvtrain.errors import DivergedError
 
 log = logging.getLogger("cvtrain")

@@ -12,7 +12,8 @@ from torch import nn
 
 from cvtrain.core.types import Batch
 from cvtrain.engine.monitor import Monitor
-from cvtrain.engine.run import Loader, TrainRun
+from cvtrain.engine.parts import Loader
+from cvtrain.engine.run import TrainRun
 from cvtrain.errors import GateError
 
 STEPS = 30

@@ -1,7 +1,7 @@
 """Which stages of a network train in which epoch, and how fast; the `finetune` group."""
 
-from cvtrain.finetune.base import Phase, Strategy
+from cvtrain.finetune.base import RatesPhase, Strategy
 from cvtrain.finetune.constant import Early, FeatureExtraction, Full, Partial
 from cvtrain.finetune.progressive import Progressive
 
-__all__ = ["Early", "FeatureExtraction", "Full", "Partial", "Phase", "Progressive", "Strategy"]
+__all__ = ["Early", "FeatureExtraction", "Full", "Partial", "Progressive", "RatesPhase", "Strategy"]

@@ -9,27 +9,22 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from cvtrain.core.phases import Phase, phase_at
 from cvtrain.core.stages import Stage
 from cvtrain.errors import ConfigError, did_you_mean
 
 
-@dataclass(frozen=True)
-class Phase:
+@dataclass(frozen=True, kw_only=True)
+class RatesPhase(Phase):
     """Epochs in which the same stages train at the same rates.
 
+    With an `lr` of its own it has a cycle of the schedule of its own, too.
+
     Attributes:
-        name: For logs.
-        first: First epoch, from 0.
-        epochs: How many.
         factors: What the base learning rate is multiplied by for each stage, from input to output; 0: it is frozen.
-        lr: Base learning rate of the phase, with a cycle of the schedule of its own; None: the run's.
     """
 
-    name: str
-    first: int
-    epochs: int
     factors: tuple[float, ...]
-    lr: float | None = None
 
 
 class Strategy:
@@ -45,7 +40,7 @@ class Strategy:
         fixed: Names of parameters that the network itself never trains, such as a sine position embedding.
     """
 
-    def __init__(self, stages: Sequence[Stage], phases: Sequence[Phase], fixed: Collection[str] = ()) -> None:
+    def __init__(self, stages: Sequence[Stage], phases: Sequence[RatesPhase], fixed: Collection[str] = ()) -> None:
         self.stages, self.phases, self.fixed = tuple(stages), tuple(phases), frozenset(fixed)
         # Stages that always have the same rate are one part: each has optimizer groups, which cost a tiny model time.
         together: dict[tuple[float, ...], set[str]] = {}
@@ -57,11 +52,11 @@ class Strategy:
         self._rates = list(together)
         self._parts = {name: i for i, names in enumerate(together.values()) for name in names}
 
-    def phase(self, epoch: int) -> Phase:
+    def phase(self, epoch: int) -> RatesPhase:
         """Return the phase that `epoch` belongs to; the last one for epochs after the end."""
-        return next((p for p in self.phases if epoch < p.first + p.epochs), self.phases[-1])
+        return phase_at(self.phases, epoch)
 
-    def cycle(self, epoch: int) -> Phase | None:
+    def cycle(self, epoch: int) -> RatesPhase | None:
         """Return the phase of `epoch` if it has a learning-rate cycle of its own."""
         phase = self.phase(epoch)
         return None if phase.lr is None else phase

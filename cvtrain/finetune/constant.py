@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from cvtrain.core.stages import Stage
 from cvtrain.errors import ConfigError
-from cvtrain.finetune.base import Phase, Strategy, layer_factors, refuse_few
+from cvtrain.finetune.base import RatesPhase, Strategy, layer_factors, refuse_few
 
 Scale = Mapping[str, float] | str
 """Multipliers of the learning rate by stage, or `none`."""
@@ -30,7 +30,7 @@ class Full(Strategy):
         lr_scale: Scale = "none",
     ) -> None:
         factors = tuple(layer_factors(stages, layer_decay, lr_scale))
-        super().__init__(stages, [Phase("full", 0, 1, factors)], fixed)
+        super().__init__(stages, [RatesPhase(name="full", first=0, epochs=1, factors=factors)], fixed)
 
 
 class FeatureExtraction(Strategy):
@@ -41,7 +41,11 @@ class FeatureExtraction(Strategy):
 
     def __init__(self, stages: Sequence[Stage], fixed: Collection[str] = ()) -> None:
         refuse_few("feature_extraction", stages, 2)
-        super().__init__(stages, [Phase("feature_extraction", 0, 1, (0.0,) * (len(stages) - 1) + (1.0,))], fixed)
+        super().__init__(
+            stages,
+            [RatesPhase(name="feature_extraction", first=0, epochs=1, factors=(0.0,) * (len(stages) - 1) + (1.0,))],
+            fixed,
+        )
 
 
 class Partial(Strategy):
@@ -56,7 +60,7 @@ class Partial(Strategy):
     ) -> None:
         refuse_few("partial", stages, 3)
         factors = freezing(stages, len(stages) - 2, layer_factors(stages, layer_decay, lr_scale), lr_scale)
-        super().__init__(stages, [Phase("partial", 0, 1, factors)], fixed)
+        super().__init__(stages, [RatesPhase(name="partial", first=0, epochs=1, factors=factors)], fixed)
 
 
 class Early(Strategy):
@@ -79,7 +83,7 @@ class Early(Strategy):
         refuse_few("early", stages, 2)
         count = number_of_early(early_stages, stages, most=len(stages) - 1)
         factors = freezing(stages, count, layer_factors(stages, layer_decay, lr_scale), lr_scale)
-        super().__init__(stages, [Phase("early", 0, 1, factors)], fixed)
+        super().__init__(stages, [RatesPhase(name="early", first=0, epochs=1, factors=factors)], fixed)
 
 
 def number_of_early(asked: int | None, stages: Sequence[Stage], most: int) -> int:

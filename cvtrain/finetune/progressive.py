@@ -7,7 +7,7 @@ from typing import Any
 
 from cvtrain.core.stages import Stage
 from cvtrain.errors import ConfigError
-from cvtrain.finetune.base import Phase, Strategy, refuse_few
+from cvtrain.finetune.base import RatesPhase, Strategy, refuse_few
 from cvtrain.finetune.constant import number_of_early
 
 
@@ -46,7 +46,7 @@ class Progressive(Strategy):
         early = number_of_early(early_stages, stages, most=len(stages) - 2)
         counts = (early, len(stages) - early - 1)
         given = {str(name): phase for name, phase in phases.items() if phase is not None}
-        made: list[Phase] = []
+        made: list[RatesPhase] = []
         for (name, phase), length in zip(given.items(), _lengths(given, epochs), strict=True):
             head_lr = phase.get("head_lr")
             if head_lr is None:
@@ -58,7 +58,8 @@ class Progressive(Strategy):
                     f"finetune.phases.{name} freezes stages again that {made[-1].name} trains; give them a rate, "
                     "early_lr or late_lr."
                 )
-            made.append(Phase(name, sum(p.epochs for p in made), length, factors, float(head_lr)))
+            first = sum(p.epochs for p in made)
+            made.append(RatesPhase(name=name, first=first, epochs=length, lr=float(head_lr), factors=factors))
         super().__init__(stages, made, fixed)
 
 

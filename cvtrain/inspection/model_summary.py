@@ -13,7 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from cvtrain.core.complexity import evaluating
+from cvtrain.core.complexity import counting
+from cvtrain.core.dataflow import tensors_in
+from cvtrain.core.modes import modes_kept
 from cvtrain.core.stages import Stage
 from cvtrain.errors import ConfigError
 from cvtrain.inspection.receptive_field import ReceptiveFields
@@ -213,7 +215,7 @@ def _followed(model: nn.Module, shape: Shape, run: Callable[[bool], Found]) -> F
 def _trace(model: nn.Module, shape: Shape, empty: bool) -> list[Layer]:
     flow, counter = ReceptiveFields(), FlopCounterMode(display=False)
     watch = _Watch(model, flow, counter.get_total_flops)
-    with evaluating(model), watch.on(model), _contents(empty), counter, flow:
+    with counting(model), watch.on(model), _contents(empty), counter, flow:
         images = _pictures(model, (1, *shape))
         flow.begin(images)
         watch.is_new(images)
@@ -291,7 +293,7 @@ class _Watch:
         own = flops - call.inside
         leaf = next(module.children(), None) is None and not isinstance(module, nn.Identity)
         owns = next(module.parameters(recurse=False), None) is not None
-        results = list(_tensors(output))
+        results = list(tensors_in(output))
         if not results or not (leaf or own or owns):
             return
         new = sum(result.numel() * result.element_size() for result in results if self.is_new(result))
@@ -312,7 +314,6 @@ def _kept(
     train: Callable[[nn.Module], object],
     empty: bool,
 ) -> int:
-    modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     saved: dict[int, Tensor] = {}
 
@@ -323,8 +324,8 @@ def _kept(
         raise RuntimeError("there is no backward pass here")
 
     try:
-        train(model)
-        with torch.random.fork_rng(devices=[]), _contents(empty) as mode:
+        with modes_kept(model), torch.random.fork_rng(devices=[]), _contents(empty) as mode:
+            train(model)
             own = [*model.parameters(), *model.buffers()]
             if isinstance(mode, FakeTensorMode):  # a transposed weight is a view of its stand-in
                 own += [mode.from_tensor(tensor) for tensor in own]
@@ -332,21 +333,8 @@ def _kept(
             with torch.enable_grad(), lower, saved_tensors_hooks(pack, unpack):
                 model(_pictures(model, shape))
     finally:
-        for module, training in modes.items():
-            module.training = training
         with torch.no_grad():
             for buffer, before in buffers.items():
                 buffer.copy_(before)
     theirs = {tensor.untyped_storage()._cdata for tensor in own}
     return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in theirs)
-
-
-def _tensors(output: object) -> Iterator[Tensor]:
-    """Yield the tensors that a module returned."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (list, tuple)):
-        for item in output:
-            yield from _tensors(item)
-    elif isinstance(output, dict):
-        yield from _tensors(list(output.values()))

@@ -12,8 +12,9 @@ from torch import nn
 
 from cvtrain.core.anatomy import first_convolution, replace_module
 from cvtrain.core.dataflow import Dataflow, Value
+from cvtrain.core.modes import evaluating
 from cvtrain.errors import ConfigError, Interrupted
-from cvtrain.model.size import evaluating, refusal
+from cvtrain.model.size import refusal
 
 log = logging.getLogger("cvtrain")
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
+from cvtrain.core.modes import evaluating
 from cvtrain.core.quiet import quiet
 from cvtrain.errors import ConfigError, CvtrainError, Interrupted, RefusedError
 
@@ -53,7 +53,7 @@ def sized(make: Callable[[int], nn.Module], in_channels: int, img_size: int, lab
     smallest, fitting = sizes
     raise ConfigError(
         f"{label} does not take pictures of {img_size} px; the smallest it takes are {smallest} px.\n"
-        f"  ({_first_line(reason)})\n  Set img_size={fitting}, or choose another model."
+        f"  ({first_line(reason)})\n  Set img_size={fitting}, or choose another model."
     ) from reason
 
 
@@ -68,18 +68,6 @@ def refusal(model: nn.Module, shape: tuple[int, int, int]) -> Exception | None:
     except Exception as error:  # a network raises what it likes
         return error
     return None
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` into evaluation mode, and each of its modules back into its own afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _sizes(make: Callable[[int], nn.Module], in_channels: int, img_size: int) -> tuple[int, int] | None:
@@ -131,6 +119,7 @@ def _first(takes: Callable[[int], bool], refused: int, sides: Sequence[int]) -> 
     return None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the beginning of what a network has raised."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -10,26 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cvtrain.core.phases import Phase, phase_at
 from cvtrain.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class Phase:
+@dataclass(frozen=True, kw_only=True)
+class SizePhase(Phase):
     """Epochs of one size.
 
     Attributes:
-        name: For logs.
-        first: First epoch, from 0.
-        epochs: How many.
         img_size: Side that the model sees while training, in pixels; evaluation stays at the run's.
-        lr: Base learning rate; None means the optimizer's.
     """
 
-    name: str
-    first: int
-    epochs: int
     img_size: int
-    lr: float | None = None
 
 
 class Constant:
@@ -41,11 +34,11 @@ class Constant:
     """
 
     def __init__(self, epochs: int, img_size: int) -> None:
-        self.phases: Sequence[Phase] = [Phase("all", 0, epochs, img_size)]
+        self.phases: Sequence[SizePhase] = [SizePhase(name="all", first=0, epochs=epochs, img_size=img_size)]
 
-    def phase(self, epoch: int) -> Phase:
+    def phase(self, epoch: int) -> SizePhase:
         """Return the phase that `epoch` belongs to; the last one for epochs after the end."""
-        return next((p for p in self.phases if epoch < p.first + p.epochs), self.phases[-1])
+        return phase_at(self.phases, epoch)
 
 
 class Progressive(Constant):
@@ -65,7 +58,7 @@ class Progressive(Constant):
 
     def __init__(self, phases: Mapping[str, Mapping[str, Any] | None], epochs: int, img_size: int) -> None:
         super().__init__(epochs, img_size)
-        made: list[Phase] = []
+        made: list[SizePhase] = []
         for name, phase in phases.items():
             if phase is None:
                 continue
@@ -75,7 +68,8 @@ class Progressive(Constant):
                     f"resizing.phases.{name}.img_size={size} is above the run's img_size={img_size}\n"
                     f"  raise img_size, or use phases up to {img_size}"
                 )
-            made.append(Phase(str(name), sum(p.epochs for p in made), int(phase["epochs"]), size, phase.get("lr")))
+            first, length = sum(p.epochs for p in made), int(phase["epochs"])
+            made.append(SizePhase(name=str(name), first=first, epochs=length, lr=phase.get("lr"), img_size=size))
         total = sum(phase.epochs for phase in made)
         if not made or total != epochs:
             raise ConfigError(

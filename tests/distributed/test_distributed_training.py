@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cvtrain.engine.run import TrainState
+from cvtrain.engine.state import TrainState
 
 SERVER = Path(__file__).with_name("distributed_campaign.py")
 ROUNDING = 1e-6  # weights are of size 0.1 to 1; two processes add their gradients in another order

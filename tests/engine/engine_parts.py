@@ -11,8 +11,9 @@ from cvtrain.data import ArraySource, Loader, LoaderConfig
 from cvtrain.distillation import NoDistillation
 from cvtrain.engine.checkpoint import CheckpointStore
 from cvtrain.engine.monitor import Monitor
-from cvtrain.engine.run import TrainOptions, TrainRun, TrainState
+from cvtrain.engine.run import TrainOptions, TrainRun
 from cvtrain.engine.signals import StopRequest
+from cvtrain.engine.state import TrainState
 from cvtrain.finetune import Full
 from cvtrain.logger import NoLogger
 from cvtrain.loss import CrossEntropy

@@ -12,7 +12,7 @@ from cvtrain.averaging import Ema, Swa
 from cvtrain.core.types import Batch
 from cvtrain.distillation import KnowledgeDistillation, Teacher
 from cvtrain.engine.loop import log_step, train_step
-from cvtrain.engine.run import TERMS, TrainState
+from cvtrain.engine.state import TERMS, TrainState
 from cvtrain.precision import Bf16
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -148,10 +148,17 @@ def test_momentum_and_weight_decay_do_not_move_a_stage_that_is_frozen_after_it_h
     class Refreezing(Full):
         def __init__(self, stages):
             super().__init__(stages)
-            from cvtrain.finetune import Phase, Strategy
+            from cvtrain.finetune import RatesPhase, Strategy
 
             ones, head = (1.0,) * len(stages), (0.0,) * (len(stages) - 1) + (1.0,)
-            Strategy.__init__(self, stages, [Phase("all", 0, 1, ones), Phase("head", 1, 1, head)])
+            Strategy.__init__(
+                self,
+                stages,
+                [
+                    RatesPhase(name="all", first=0, epochs=1, factors=ones),
+                    RatesPhase(name="head", first=1, epochs=1, factors=head),
+                ],
+            )
 
     stages = stages_of("simple_cnn")
     run = run_of(tmp_path, "simple_cnn", Refreezing(stages), "sgd")

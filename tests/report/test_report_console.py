@@ -20,7 +20,7 @@ from cvtrain.core.types import DataSets, Preprocess
 from cvtrain.data import ArraySource, Loader, LoaderConfig
 from cvtrain.engine.gradients import LayerGradient
 from cvtrain.engine.loop import fit
-from cvtrain.engine.run import TrainState
+from cvtrain.engine.state import TrainState
 from cvtrain.engine.timing import TimeTable
 from cvtrain.report.console import Progressing, data_bound_notice, usable_cores
 from cvtrain.report.diagnosis import bottleneck, gradient_table, time_table
