@@ -89,7 +89,7 @@ class Case:
 
 
 MLP = Case("tiny MLP, batch 64", ("model._target_=tiny.mlp", "~model.widths", "trusted=[tiny]"), 1, 8, 64, 200)
-RESNET18 = Case("ResNet-18 32x32, batch 128", ("model=resnet18",), 3, 32, 128, 8)
+RESNET18 = Case("ResNet-18 32x32, batch 128", ("model=resnet18",), 3, 32, 128, 2)  # a step takes seconds on a core
 
 
 def _any(name: str, size: int, batch: int) -> Case:
@@ -359,9 +359,8 @@ def zoo_variants(case: Case, device: torch.device) -> Variants:
 
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[torch.device], Variants], int]]:
     """Yield a name, what makes its variants, and how many rounds it takes."""
-    rounds = 3 if quick else 15
-    mlp, resnet = (replace(MLP, steps=100), replace(RESNET18, steps=2)) if quick else (MLP, RESNET18)
-    for case in (mlp, resnet):
+    mlp, resnet = (replace(MLP, steps=100), replace(RESNET18, batch=32)) if quick else (MLP, RESNET18)
+    for case, rounds in ((mlp, 3 if quick else 15), (resnet, 2 if quick else 5)):
         for fmt in FORMATS:
             if fmt.channels_last and not fmt.compile and case is mlp:
                 continue  # it has no convolutions, and bf16 is no use to it
@@ -370,7 +369,7 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[torch.device], Variants]
             yield f"{case.name}, {fmt.name}", lambda d, c=case, f=fmt: variants(Bench(c, f, d)), rounds
     yield f"{resnet.name}, defaults", lambda d: default_variants(resnet, d), rounds
     for case in ZOO[:: 3 if quick else 1]:
-        yield case.name, lambda d, c=case: zoo_variants(c, d), 2 if quick else 7
+        yield case.name, lambda d, c=case: zoo_variants(c, d), 2 if quick else 5
 
 
 def peak_memory(device: torch.device, loop: Callable[[], Pass]) -> float:
@@ -427,6 +426,7 @@ def main() -> None:
     for name, make, rounds in cases(args.quick):
         if args.only not in name:
             continue
+        print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr)
         loops = make(device)
         names = list(loops)
         rows += rates(name, interleaved({key: loop() for key, loop in loops.items()}, rounds), "µs/step", names[0])
