@@ -15,8 +15,10 @@ from cvtrain.audit import audit
 from cvtrain.build import Builder, build_model, lay_out
 from cvtrain.command.provenance import MULTILABEL
 from cvtrain.core import weights
+from cvtrain.core.channel_plan import apply_plan
 from cvtrain.core.types import Preprocess
 from cvtrain.errors import ConfigError, WeightsError
+from cvtrain.runtime.prepare import temperature
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Deployed:
         device: Where it is.
         path: Its file.
         multilabel: Whether each class is decided by itself, at a probability (sigmoid) of 0.5.
+        metadata: All text that the file carries.
+        temperature: What logits are divided by before they become probabilities.
     """
 
     model: nn.Module
@@ -38,6 +42,8 @@ class Deployed:
     device: torch.device
     path: Path
     multilabel: bool
+    metadata: dict[str, str]
+    temperature: float = 1.0
 
 
 def load(config: dict[str, Any], trusted: list[str]) -> Deployed:
@@ -65,9 +71,12 @@ def load_file(path: Path, device: torch.device, trusted: list[str], channels_las
     audit({"model": node, "trusted": trusted}, trusted)  # a file's config is no more trusted than any other
     head = metadata.get("head", "linear")
     model = build_model(Builder({"model": node}, trusted), node, len(names), prep.channels, prep.img_size, head)
+    if "channel_plan" in metadata:
+        apply_plan(model, weights.parse_metadata(metadata, "channel_plan"))
     weights.load_into(model, path)
     lay_out(model, device, channels_last).eval()
-    return Deployed(model, [str(name) for name in names], prep, device, path, metadata.get("task") == MULTILABEL)
+    multilabel, scale = metadata.get("task") == MULTILABEL, temperature(metadata, path)
+    return Deployed(model, [str(name) for name in names], prep, device, path, multilabel, metadata, scale)
 
 
 def run_config(folder: Path) -> dict[str, Any]:

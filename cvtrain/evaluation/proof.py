@@ -1,75 +1,69 @@
-"""The proof: every artifact runs in its own runtime on the evaluation set, and the table says what it is worth."""
+"""The proof: every artifact runs from its own file on the evaluation set, and the table says what it is worth."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import gc
-import io
+import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cvtrain.core.artifact import Artifact
-from cvtrain.core.files import write_atomic
-from cvtrain.errors import CvtrainError, DataError, DivergedError
-from cvtrain.evaluation.intervals import paired_difference
-from cvtrain.evaluation.runners import Runner, load_runner
+from cvtrain.errors import CvtrainError, DataError, DivergedError, Interrupted
+from cvtrain.evaluation.calibration import CalibrationError, to_logits, to_probabilities
+from cvtrain.evaluation.intervals import paired_bootstrap
+from cvtrain.evaluation.latency import Latency, measure
+from cvtrain.evaluation.table import ProofRow, weigh
+from cvtrain.runtime.base import Running, Start
+from cvtrain.runtime.prepare import class_names, temperature
 
-Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
-"""Yields float32 normalised images `(B, C, H, W)` and labels, `(B,)` or `(B, K)`, on the CPU."""
-
-Decide = Callable[[Tensor], Tensor]
-"""Turns logits `(B, K)` into answers of the labels' shape."""
-
-MIN_FLOAT_AGREEMENT = 0.999
-_LOSSY = ("int8", "pruned")
-_WARMUP_RUNS = 10
+MIN_EXACT_AGREEMENT = 0.999
+MAX_EXACT_ERROR = 1e-3
+"""Of the reference's largest logit, or of 1 where all are smaller."""
 
 
 @dataclass(frozen=True)
-class ProofRow:
-    """One artifact, as measured; the fields but `note` are the columns of artifacts.csv.
+class EvaluationSet:
+    """What artifacts are judged on.
 
     Attributes:
-        artifact: Its name.
-        file: Its file, relative to the run folder where it lies inside.
-        runtime: What ran it.
-        accuracy: Share of right answers, 0..1.
-        delta: Accuracy minus the reference's, -1..1.
-        delta_low: Lower bound of the paired 95 % interval of `delta`.
-        delta_high: Upper bound of it.
-        agreement: Share of samples with the same answer as the reference, 0..1.
-        max_logit_error: Largest absolute difference to the reference's logits; NaN where a logit is.
-        params: Number of parameters.
-        macs: Multiply-accumulates for one picture.
-        bytes: Size on disk.
-        latency_ms_p50: Median milliseconds for one picture.
-        latency_ms_p95: 95th percentile of them.
-        note: What a reader should know.
+        batches: Starts a pass over it: uint8 pictures as they are read, `(B, C, resize, resize)`, and labels, `(B,)`
+            of class numbers or `(B, K)` of 0 and 1, on any device.
+        class_names: K names; a label is a position in this list.
+        decide: The task's; turns logits `(B, K)` into answers of the labels' shape. An answer is right when all of it
+            equals the labels.
     """
 
-    artifact: str
-    file: str
-    runtime: str
-    accuracy: float
-    delta: float
-    delta_low: float
-    delta_high: float
-    agreement: float
-    max_logit_error: float
-    params: int
-    macs: int
-    bytes: int
-    latency_ms_p50: float
-    latency_ms_p95: float
-    note: str = ""
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    class_names: Sequence[str]
+    decide: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What came of it.
+
+    Attributes:
+        rows: Of the artifacts that passed, the reference first.
+        failures: The others, and what is wrong with each.
+    """
+
+    rows: list[ProofRow]
+    failures: list[tuple[Artifact, CvtrainError]]
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Logits and probabilities `(B, K)` in the order of the run's classes."""
+
+    logits: Tensor
+    probabilities: Tensor
 
 
 @dataclass
@@ -82,17 +76,28 @@ class _Tally:
     only_reference: int = 0
     agreed: int = 0
     max_error: Tensor = field(default_factory=lambda: torch.zeros(()))
+    scale: float = 1.0
+    calibration: CalibrationError = field(default_factory=CalibrationError)
 
-    def add(self, logits: Tensor, reference: Tensor, labels: Tensor, decide: Decide) -> None:
-        answer, expected = decide(logits), decide(reference)
+    def add(
+        self, given: _Answers, reference: _Answers, labels: Tensor, decide: Callable[[Tensor], Tensor], embedded: bool
+    ) -> None:
+        answer, expected = decide(given.logits), decide(reference.logits)
         right, reference_right = _same(answer, labels), _same(expected, labels)
         self.total += len(labels)
         self.correct += int(right.sum())
         self.only_this += int((right & ~reference_right).sum())
         self.only_reference += int((reference_right & ~right).sum())
         self.agreed += int(_same(answer, expected).sum())
+        ours, theirs = (given.probabilities, reference.probabilities) if embedded else (given.logits, reference.logits)
         # torch.maximum, unlike max, keeps a NaN.
-        self.max_error = torch.maximum(self.max_error, (logits - reference).abs().max())
+        self.max_error = torch.maximum(self.max_error, (ours - theirs).abs().max())
+        self.scale = max(self.scale, float(theirs.abs().max()))
+        self.calibration.add(given.probabilities, labels)
+
+    @property
+    def agreement(self) -> float:
+        return self.agreed / self.total
 
 
 def _same(answers: Tensor, others: Tensor) -> Tensor:
@@ -100,126 +105,210 @@ def _same(answers: Tensor, others: Tensor) -> Tensor:
     return (answers == others).reshape(len(answers), -1).all(1)
 
 
+class _Candidate:
+    """One artifact on its way through the proof; the first thing that goes wrong with it stays its `error`."""
+
+    _worker: Running
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+        self.error: CvtrainError | None = None
+        self.tally = _Tally()
+        self.memory = math.nan
+        self._columns: list[int] = []
+        self._temperature = 1.0
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return self._worker.metadata
+
+    @property
+    def embedded(self) -> bool:
+        return self._worker.embedded
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        try:
+            yield
+        except Interrupted:
+            raise
+        except CvtrainError as error:
+            self.error = error
+
+    def start(self, start: Start, stack: ExitStack) -> None:
+        """Start it; `stack` closes it."""
+        self._worker = stack.enter_context(closing(start(self.artifact)))
+
+    def load(self, names: Sequence[str]) -> None:
+        """Wait until it is loaded, and find the column of each of the run's classes."""
+        path = self.artifact.path
+        own = class_names(self._worker.metadata, path)
+        if sorted(own) != sorted(names):
+            unknown, missing = sorted(set(own) - set(names)), sorted(set(names) - set(own))
+            raise CvtrainError(
+                f"artifact {self.artifact.name!r} is not of this run: {path} has {len(own)} classes, the run "
+                f"{len(names)}; only the file has {unknown[:5]}, only the run {missing[:5]}.\nExport it again."
+            )
+        self._columns = [own.index(name) for name in names]
+        self._temperature = temperature(self._worker.metadata, path)
+        self.memory = self._worker.memory()
+
+    def answer(self, images: NDArray[np.uint8], multilabel: bool) -> _Answers:
+        """Answer pictures `(B, C, resize, resize)`."""
+        given = torch.from_numpy(self._worker.run(images))[:, self._columns]
+        if self.embedded:
+            return _Answers(to_logits(given, self._temperature, multilabel), given)
+        return _Answers(given, to_probabilities(given, self._temperature, multilabel))
+
+    def time(self, batch: int, runs: int) -> list[float]:
+        """Time it; see `Running.time`."""
+        with self.watched():
+            return self._worker.time(batch, runs)
+        raise _LostError
+
+
+class _LostError(Exception):
+    """A candidate has failed while all were timed."""
+
+
 def prove(
     reference: Artifact,
     artifacts: Sequence[Artifact],
-    batches: Batches,
-    example: Tensor,
-    threads: int,
-    latency_runs: int = 60,
+    evaluation: EvaluationSet,
+    start: Start,
+    *,
     run_folder: Path | None = None,
-    decide: Decide = lambda logits: logits.argmax(1),
-) -> list[ProofRow]:
-    """Judge every artifact beside the reference, each loaded fresh from its file.
+    batch: int = 32,
+    runs: int = 60,
+) -> Proof:
+    """Judge every artifact beside the reference, each loaded fresh from its file and fed as its file says.
 
     Args:
         reference: What the others are compared with, the float model.
         artifacts: The others.
-        batches: Starts a pass over the evaluation set; read once.
-        example: `(1, C, H, W)` float32 normalised input for the latency.
-        threads: Threads inside one operator, for every runtime.
-        latency_runs: Timed runs of each artifact, 1 or more.
+        evaluation: Read once.
+        start: Starts an artifact: `command.worker.isolated`.
         run_folder: Paths inside it are given relative to it.
-        decide: The task's; an answer is right when all of it equals the labels.
+        batch: Pictures a call of the second latency, 1 or more; the first is of single pictures.
+        runs: Timed calls of each artifact, 1 or more.
 
     Returns:
-        One row an artifact, the reference first.
+        One row for each artifact that passed. One fails that cannot be loaded or run; that should be exact and gives
+        other answers than the reference; or that may give others and says otherwise how it wants to be fed.
 
     Raises:
         DataError: The evaluation set is empty.
-        WeightsError: A file is missing, damaged or of another model.
         DivergedError: The reference gives logits that are not finite.
-        CvtrainError: A float artifact gives other answers than the reference.
+        CvtrainError: The reference cannot be loaded or run.
     """
-    everything = [reference, *artifacts]
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        runners = [load_runner(artifact, threads) for artifact in everything]
-        tallies = _evaluate(runners, batches, decide)
-        if not math.isfinite(float(tallies[0].max_error)):
+    first, *others = candidates = [_Candidate(artifact) for artifact in (reference, *artifacts)]
+    with ExitStack() as stack:
+        for candidate in candidates:  # they load side by side
+            with candidate.watched():
+                candidate.start(start, stack)
+        for candidate in candidates:
+            if candidate.error is None:
+                with candidate.watched():
+                    candidate.load(evaluation.class_names)
+        if first.error is not None:
+            raise first.error
+        _evaluate(first, others, evaluation)
+        if not math.isfinite(float(first.tally.max_error)):
             raise DivergedError(
                 f"the reference {reference.name!r} gives logits that are not finite: nothing can be compared with it.\n"
                 "Train again with a smaller optimizer.lr."
             )
         # Before the latency: a wrong file is not worth timing.
-        for artifact, tally in zip(everything, tallies, strict=True):
-            _check_float(artifact, tally)
-        latencies = measure_latency(runners, example[:1].contiguous(), latency_runs)
-    finally:
-        torch.set_num_threads(threads_before)
-    return [
-        _row(artifact, tally, times, run_folder, is_reference=position == 0)
-        for position, (artifact, tally, times) in enumerate(zip(everything, tallies, latencies, strict=True))
-    ]
+        for candidate in others:
+            if candidate.error is None:
+                with candidate.watched():
+                    _check(candidate, first)
+        single = _timed(candidates, 1, runs)
+        several = _timed(candidates, batch, runs)
+        passed = [candidate for candidate in candidates if candidate.error is None]
+    return Proof(
+        rows=[_row(found, single[id(found)], several[id(found)], run_folder, found is first) for found in passed],
+        failures=[(other.artifact, other.error) for other in others if other.error is not None],
+    )
 
 
-def _evaluate(runners: Sequence[Runner], batches: Batches, decide: Decide) -> list[_Tally]:
-    tallies = [_Tally() for _ in runners]
-    for images, labels in batches():
-        reference = runners[0](images)
-        for position, (runner, tally) in enumerate(zip(runners, tallies, strict=True)):
-            tally.add(runner(images) if position else reference, reference, labels, decide)
-    if not tallies[0].total:
+def _evaluate(first: _Candidate, others: Sequence[_Candidate], evaluation: EvaluationSet) -> None:
+    for images, given in evaluation.batches():
+        pixels, labels = images.cpu().contiguous().numpy(), given.cpu()
+        multilabel = labels.ndim == 2
+        expected = first.answer(pixels, multilabel)
+        first.tally.add(expected, expected, labels, evaluation.decide, first.embedded)
+        for candidate in others:
+            if candidate.error is None:
+                with candidate.watched():
+                    answers = candidate.answer(pixels, multilabel)
+                    candidate.tally.add(answers, expected, labels, evaluation.decide, candidate.embedded)
+    if not first.tally.total:
         raise DataError("the evaluation set is empty: there is nothing to prove an artifact on")
-    return tallies
 
 
-def _check_float(artifact: Artifact, tally: _Tally) -> None:
-    if any(label in artifact.name for label in _LOSSY):
-        return
-    agreement = tally.agreed / tally.total
-    if agreement < MIN_FLOAT_AGREEMENT or not math.isfinite(float(tally.max_error)):
+def _check(candidate: _Candidate, first: _Candidate) -> None:
+    artifact, tally, own, expected = candidate.artifact, candidate.tally, candidate.metadata, first.metadata
+    names = _other_names(own, expected, first.artifact.name)
+    use = _other_use(own, expected, first.artifact.name)
+    error, allowed = float(tally.max_error), MAX_EXACT_ERROR * tally.scale
+    if artifact.exact and not (tally.agreement >= MIN_EXACT_AGREEMENT and error <= allowed):
         raise CvtrainError(
             f"artifact {artifact.name!r} is not the model it was made from: {artifact.path} gives the same answer on "
-            f"{100 * agreement:.2f} % of {tally.total} samples (at least {100 * MIN_FLOAT_AGREEMENT:g} % expected), "
-            f"logits off by up to {float(tally.max_error):.3g}.\nDo not deploy it; export again, or leave it out."
+            f"{100 * tally.agreement:.2f} % of {tally.total} samples ({100 * MIN_EXACT_AGREEMENT:g} % expected), "
+            f"{'probabilities' if candidate.embedded else 'logits'} off by up to {error:.3g} (at most {allowed:.3g}).\n"
+            f"{names or use or 'Class names and preprocessing are the same; its weights or its graph differ'}.\n"
+            "Do not deploy it; export again, or leave it out."
+        )
+    # Answers that may differ cannot tell. And none tell how pictures are read: this process has read them.
+    wrong = use if artifact.exact else names or use
+    if wrong is not None:
+        raise CvtrainError(
+            f"artifact {artifact.name!r}: {artifact.path} would be used wrongly.\n{wrong}. Make it again."
         )
 
 
-def measure_latency(
-    runners: Sequence[Runner], example: Tensor, runs: int, warmup: int = _WARMUP_RUNS
-) -> list[list[float]]:
-    """Time the runners in turn, so that a slow moment of the machine hits all of them alike.
+def _other_names(own: dict[str, str], expected: dict[str, str], reference: str) -> str | None:
+    """Say in words where a file has its classes in another order than the reference."""
+    pairs = zip(*(json.loads(metadata["class_names"]) for metadata in (own, expected)), strict=True)
+    for position, (name, other) in enumerate(pairs):
+        if name != other:
+            return f"Its class names are in another order: class {position} is {name!r}, in {reference!r} {other!r}"
+    return None
 
-    Args:
-        runners: What to time.
-        example: The input of every call.
-        runs: Timed calls of each.
-        warmup: Calls of each before.
 
-    Returns:
-        For each runner, `runs` latencies in milliseconds.
-    """
-    for runner in runners:
-        for _ in range(warmup):
-            runner(example)
-    times: list[list[float]] = [[] for _ in runners]
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(runs):
-            for runner, measured in zip(runners, times, strict=True):
-                # Unwatched: fetches its weights back into the cache from which the others pushed them.
-                runner(example)
-                start = time.perf_counter_ns()
-                runner(example)
-                measured.append((time.perf_counter_ns() - start) / 1e6)
-    finally:
-        if collecting:
-            gc.enable()
-    return times
+def _other_use(own: dict[str, str], expected: dict[str, str], reference: str) -> str | None:
+    """Say in words what a file says otherwise about its preprocessing and its answers than the reference."""
+    values, others = (json.loads(metadata["preprocess"]) for metadata in (own, expected))
+    for key in ("mean", "std", "img_size", "resize", "channels", "interpolation"):
+        if values.get(key) != others.get(key):
+            return f"Its preprocessing has {key}={values.get(key)}, that of {reference!r} {key}={others.get(key)}"
+    for key in ("task", "temperature"):
+        if own.get(key) != expected.get(key):
+            return f"Its {key} is {own.get(key)}, that of {reference!r} {expected.get(key)}"
+    return None
+
+
+def _timed(candidates: Sequence[_Candidate], batch: int, runs: int) -> dict[int, Latency]:
+    """Time those without an error; when one fails meanwhile, the others are timed again without it."""
+    while True:
+        timed = [candidate for candidate in candidates if candidate.error is None]
+        try:
+            return {id(each): found for each, found in zip(timed, measure(timed, batch, runs), strict=True)}
+        except _LostError:
+            if candidates[0].error is not None:
+                raise candidates[0].error from None
 
 
 def _row(
-    artifact: Artifact, tally: _Tally, times: list[float], run_folder: Path | None, *, is_reference: bool
+    candidate: _Candidate, single: Latency, several: Latency, run_folder: Path | None, is_reference: bool
 ) -> ProofRow:
+    artifact, tally = candidate.artifact, candidate.tally
     # Against itself there is nothing to estimate.
     delta, low, high = (
-        (0.0, 0.0, 0.0) if is_reference else paired_difference(tally.only_this, tally.only_reference, tally.total)
+        (0.0, 0.0, 0.0) if is_reference else paired_bootstrap(tally.only_this, tally.only_reference, tally.total)
     )
-    p50, p95 = (float(value) for value in np.percentile(times, (50, 95)))
+    weight = weigh(artifact.path)
     return ProofRow(
         artifact=artifact.name,
         file=_shown_path(artifact.path, run_folder),
@@ -228,13 +317,21 @@ def _row(
         delta=delta,
         delta_low=low,
         delta_high=high,
-        agreement=tally.agreed / tally.total,
+        agreement=tally.agreement,
         max_logit_error=float(tally.max_error),
+        ece=tally.calibration.compute(),
         params=artifact.params,
         macs=artifact.macs,
-        bytes=_size(artifact.path),
-        latency_ms_p50=p50,
-        latency_ms_p95=p95,
+        bytes=weight.size,
+        gzip_bytes=weight.gzipped,
+        latency_ms_p50=single.p50,
+        latency_ms_p95=single.p95,
+        batch=several.batch,
+        latency_batch_ms_p50=several.p50,
+        latency_batch_ms_p95=several.p95,
+        memory_mb=candidate.memory,
+        sha256=weight.sha256,
+        exact=artifact.exact,
         note=artifact.note,
     )
 
@@ -242,33 +339,4 @@ def _row(
 def _shown_path(path: Path, run_folder: Path | None) -> str:
     if run_folder is not None and path.resolve().is_relative_to(run_folder.resolve()):
         return path.resolve().relative_to(run_folder.resolve()).as_posix()
-    return str(path)
-
-
-def _size(path: Path) -> int:
-    """Return the bytes of a file and of the `.data` file beside it, where ONNX keeps weights above 2 GB."""
-    outside = path.with_name(path.name + ".data")
-    return path.stat().st_size + (outside.stat().st_size if outside.is_file() else 0)
-
-
-COLUMNS = tuple(entry.name for entry in dataclasses.fields(ProofRow) if entry.name != "note")
-"""The columns of artifacts.csv, in order."""
-
-
-def write_artifacts_csv(rows: Sequence[ProofRow], path: Path) -> None:
-    """Write the rows as CSV with a header, durably.
-
-    Args:
-        rows: The reference first.
-        path: The `.csv` file.
-
-    Raises:
-        StorageError: The disk is full or read-only; an old file stands.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in rows:
-        values = (getattr(row, name) for name in COLUMNS)
-        writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in values)
-    write_atomic(path, text.getvalue())
+    return str(path.absolute())

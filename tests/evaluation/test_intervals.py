@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from cvtrain.errors import CvtrainError
-from cvtrain.evaluation import paired_difference, wilson
+from cvtrain.evaluation import paired_bootstrap, paired_difference, wilson
 
 
 @pytest.mark.parametrize(
@@ -80,3 +80,36 @@ def test_the_paired_difference_covers_the_truth_about_as_often_as_it_says():
         counts = rng.multinomial(total, [p_a, p_b, 1 - p_a - p_b], 4000)
         bounds = [paired_difference(int(a), int(b), total) for a, b, _ in counts]
         assert 0.935 < np.mean([low <= p_a - p_b <= high for _, low, high in bounds]) < 0.999
+
+
+def test_the_bootstrap_is_the_one_that_draws_the_samples_themselves():
+    rng, only_a, only_b, total = np.random.default_rng(0), 12, 5, 200
+    outcomes = np.array([1] * only_a + [-1] * only_b + [0] * (total - only_a - only_b))
+    drawn = rng.choice(outcomes, (20_000, total)).mean(1)
+    delta, low, high = paired_bootstrap(only_a, only_b, total)
+    assert delta == pytest.approx((only_a - only_b) / total)
+    assert (low, high) == pytest.approx(tuple(np.percentile(drawn, (2.5, 97.5))), abs=1.1 / total)
+
+
+def test_the_bootstrap_of_the_same_counts_is_the_same():
+    assert paired_bootstrap(12, 5, 200) == paired_bootstrap(12, 5, 200)
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 360), (1, 0, 1), (5, 0, 5)])
+def test_where_the_bootstrap_knows_nothing_the_adjusted_wald_interval_stands(counts):
+    assert paired_bootstrap(*counts) == paired_difference(*counts)
+    assert paired_bootstrap(*counts)[1] < paired_bootstrap(*counts)[2]
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1), (-1, 0, 5), (0, -1, 5), (0, 0, 0)])
+def test_the_bootstrap_refuses_impossible_counts(counts):
+    with pytest.raises(CvtrainError, match="impossible"):
+        paired_bootstrap(*counts)
+
+
+def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    for p_a, p_b, total in [(0.05, 0.03, 400), (0.1, 0.05, 300)]:
+        counts = rng.multinomial(total, [p_a, p_b, 1 - p_a - p_b], 300)
+        bounds = [paired_bootstrap(int(a), int(b), total, draws=1000) for a, b, _ in counts]
+        assert 0.9 < np.mean([low <= p_a - p_b <= high for _, low, high in bounds]) < 0.99
