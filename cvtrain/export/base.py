@@ -16,19 +16,39 @@ from cvtrain.core.files import write_json
 class Exporter(Protocol):
     """One option of the `export` group."""
 
-    def export(self, model: nn.Module, example: Tensor, folder: Path, metadata: Mapping[str, str]) -> Artifact:
-        """Write `model` to a file in `folder`.
+    def export(
+        self, model: nn.Module, example: Tensor, folder: Path, metadata: Mapping[str, str], name: str = "model"
+    ) -> Artifact:
+        """Write `model` to a file in `folder`, and compare the file with it.
 
         Args:
             model: Any device and mode; never changed.
             example: `(1, C, H, W)` float32 normalised input.
             folder: Where the file goes; exists.
             metadata: Text to store inside the file: JSON of the class names and the preprocessing, the version.
+            name: The file's, without its suffix.
 
         Returns:
-            The file, ready to be proved.
+            The file, ready to be proved, as a row with the option's own name.
         """
         ...
+
+    def retry(
+        self, model: nn.Module, example: Tensor, folder: Path, metadata: Mapping[str, str], name: str = "model"
+    ) -> Artifact | None:
+        """Write the same file in another way, when a proof has refused the one that `export` wrote.
+
+        Args:
+            model: As for `export`.
+            example: As for `export`.
+            folder: As for `export`.
+            metadata: As for `export`.
+            name: As for `export`.
+
+        Returns:
+            The file; None where there is no other way.
+        """
+        return None
 
 
 def write_preprocess(folder: Path, metadata: Mapping[str, str]) -> Path:

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-import copy
+import importlib
+import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cvtrain.core.artifact import ONNXRUNTIME, Artifact
 from cvtrain.core.complexity import count_macs, count_params
-from cvtrain.core.files import storage_error, sync_folder, write_atomic
-from cvtrain.core.quiet import quiet
-from cvtrain.errors import ConfigError, CvtrainError
+from cvtrain.errors import ConfigError
+from cvtrain.export.base import Exporter
+from cvtrain.export.check import BATCH_SIZES, compare
+from cvtrain.export.network import Prepared, prepare
+from cvtrain.export.writing import ExportError, asking, first_line, reporting, writing
+
+log = logging.getLogger("cvtrain")
 
 MIN_OPSET = 18
-INPUT_NAME, OUTPUT_NAME = "images", "logits"
+OLDER, OLDER_MAX_OPSET = "dynamo=False", 20
+"""PyTorch's older exporter, by way of TorchScript, and the newest opset that it knows; no longer developed."""
+INPUT_NAME = "images"
 # One protobuf message cannot be larger.
 _ONE_FILE_BYTES = 2_000_000_000
-_TOLERANCE = 1e-4
 
 
-class Onnx:
-    """Write `model.onnx`, the float model for ONNX Runtime and everything else that reads ONNX."""
+class Onnx(Exporter):
+    """Write the float model for ONNX Runtime and everything else that reads ONNX."""
 
-    def __init__(self, opset: int = 20, dynamic: bool = True) -> None:
+    def __init__(self, opset: int = 20, dynamic: bool = True, embed_preprocessing: bool = False) -> None:
         """Check the settings.
 
         Args:
             opset: Version of the operator set, 18 or more.
             dynamic: Take any batch size; otherwise a batch of 1.
+            embed_preprocessing: Take uint8 pictures as they are read and give probabilities.
 
         Raises:
             ConfigError: An opset the exporter cannot write.
@@ -41,26 +48,44 @@ class Onnx:
         _check_opset(opset)
         self.opset = opset
         self.dynamic = dynamic
+        self.embed_preprocessing = embed_preprocessing
 
-    def export(self, model: nn.Module, example: Tensor, folder: Path, metadata: Mapping[str, str]) -> Artifact:
+    def export(
+        self, model: nn.Module, example: Tensor, folder: Path, metadata: Mapping[str, str], name: str = "model"
+    ) -> Artifact:
         """Export and check.
 
         Args:
             model: Any device and mode; never changed.
             example: `(1, C, H, W)` float32 normalised input.
-            folder: Where `model.onnx` goes; exists.
+            folder: Where `name.onnx` goes; exists.
             metadata: Text for the file's `metadata_props`.
+            name: The file's, without its suffix.
 
         Returns:
             The file, already compared with `model`.
 
         Raises:
+            ConfigError: The installed exporter cannot write this model in the opset asked for.
             CvtrainError: The model cannot be exported, or the file does not reproduce it.
             StorageError: The disk is full or read-only.
         """
-        path = folder / "model.onnx"
-        export_onnx(model, example, path, metadata, opset=self.opset, dynamic=self.dynamic)
-        return Artifact("onnx", path, ONNXRUNTIME, count_params(model), count_macs(model, example))
+        return self._export(model, example, folder / f"{name}.onnx", metadata, tuple(_EXPORTERS))
+
+    def retry(
+        self, model: nn.Module, example: Tensor, folder: Path, metadata: Mapping[str, str], name: str = "model"
+    ) -> Artifact:
+        """Do as `export`, with PyTorch's older exporter alone."""
+        return self._export(model, example, folder / f"{name}.onnx", metadata, (OLDER,))
+
+    def _export(
+        self, model: nn.Module, example: Tensor, path: Path, metadata: Mapping[str, str], exporters: Sequence[str]
+    ) -> Artifact:
+        prepared = prepare(model, example, metadata, self.embed_preprocessing)
+        with reporting("onnx"):
+            used = write_onnx(prepared, path, opset=self.opset, dynamic=self.dynamic, exporters=exporters)
+        note = f"written by PyTorch's older exporter ({used})" if used == OLDER else ""
+        return Artifact("onnx", path, ONNXRUNTIME, count_params(model), count_macs(model, example), note=note)
 
 
 def export_onnx(
@@ -84,26 +109,52 @@ def export_onnx(
 
     Raises:
         ConfigError: An opset the exporter cannot write.
-        CvtrainError: The model cannot be exported, or its logits in ONNX Runtime are off by more than 1e-4 of the
-            largest logit (of 1 where all are smaller) at batch 1, 2 or 7.
+        CvtrainError: The model cannot be exported, or the file does not reproduce it.
+        StorageError: The disk is full or read-only.
+    """
+    with reporting("onnx"):
+        write_onnx(prepare(model, example, metadata), path, opset=opset, dynamic=dynamic)
+
+
+def write_onnx(
+    prepared: Prepared,
+    path: Path,
+    *,
+    opset: int = 20,
+    dynamic: bool = True,
+    exporters: Sequence[str] | None = None,
+) -> str:
+    """Write a network with the first of PyTorch's exporters whose file is valid and gives the network's answers.
+
+    Args:
+        prepared: The network.
+        path: The `.onnx` file; weights above 2 GB go to a `.data` file beside it.
+        opset: Version of the operator set, 18 or more.
+        dynamic: Take any batch size; otherwise a batch of 1.
+        exporters: Which to try, in order; None: all.
+
+    Returns:
+        Name of the exporter that wrote the file.
+
+    Raises:
+        ConfigError: An opset the exporter cannot write.
+        ExportError: What is wrong with each exporter's file.
         StorageError: The disk is full or read-only.
     """
     _check_opset(opset)
-    plain = copy.deepcopy(model).cpu().eval().to(memory_format=torch.contiguous_format)
-    images = example[:1].detach().cpu().float()
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx-") as temporary:
-            # The final name, because a file with outside data stores the name of its data.
-            work = Path(temporary) / path.name
-            _write(plain, images, work, metadata, opset=opset, dynamic=dynamic)
-            _check_file(work, opset)
-            _compare(work, plain, images, batch_sizes=(1, 2, 7) if dynamic else (1,))
-            for sidecar in sorted(set(work.parent.iterdir()) - {work}):
-                sidecar.replace(path.with_name(sidecar.name))
-            sync_folder(path.parent)
-            write_atomic(path, work.read_bytes())
-    except OSError as error:
-        raise storage_error(path, error) from error
+    reasons: dict[str, ExportError] = {}
+    for exporter in exporters or _EXPORTERS:
+        if reasons:
+            log.warning("onnx: %s; trying PyTorch's older exporter (%s)", *reasons.values(), exporter)
+        try:
+            with writing(path) as work:
+                _EXPORTERS[exporter](prepared, work, opset, dynamic)
+                _check_file(work, opset)
+                compare(prepared, work, ONNXRUNTIME, BATCH_SIZES if dynamic else (1,))
+            return exporter
+        except ExportError as error:
+            reasons[exporter] = error
+    raise ExportError("\n  and ".join(f"with {exporter} {reason}" for exporter, reason in reasons.items()))
 
 
 def _check_opset(opset: int) -> None:
@@ -114,36 +165,81 @@ def _check_opset(opset: int) -> None:
         )
 
 
-def _write(
-    model: nn.Module, images: Tensor, path: Path, metadata: Mapping[str, str], *, opset: int, dynamic: bool
-) -> None:
-    # torch.export takes a size of 1 for a constant, so a free batch size has to be traced with two pictures.
-    traced = torch.cat([images, images]) if dynamic else images
+def _by_dynamo(prepared: Prepared, path: Path, opset: int, dynamic: bool) -> None:
     shapes: Any = ({0: torch.export.Dim("batch")},) if dynamic else None
+    with asking("PyTorch cannot export this model"), _operators_read_once():
+        program = torch.onnx.export(
+            prepared.network,
+            (prepared.pair if dynamic else prepared.images,),
+            dynamo=True,
+            opset_version=opset,
+            input_names=[INPUT_NAME],
+            output_names=[prepared.answer],
+            dynamic_shapes=shapes,
+            verbose=False,
+        )
+        if program is None:
+            raise ExportError("the exporter returned nothing")
+        _strip(program.model)
+        program.model.metadata_props.update(prepared.metadata)
+        program.save(str(path), external_data=_is_large(prepared.network))
+
+
+@contextmanager
+def _operators_read_once() -> Iterator[None]:
+    """Spare PyTorch reading the sources of its 500 ONNX operators at each export, most of the time of a small one's."""
     try:
-        with quiet():
-            program = torch.onnx.export(
-                model,
-                (traced,),
-                dynamo=True,
-                opset_version=opset,
-                input_names=[INPUT_NAME],
-                output_names=[OUTPUT_NAME],
-                dynamic_shapes=shapes,
-                verbose=False,
-            )
-            if program is None:
-                raise CvtrainError("the exporter returned nothing")
-            _strip(program.model)
-            program.model.metadata_props.update(metadata)
-            program.save(str(path), external_data=_weight_bytes(model) >= _ONE_FILE_BYTES)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:
-        raise CvtrainError(
-            f"export.onnx: PyTorch cannot export this model ({_first_line(error)}).\n"
-            "Leave onnx (and compression=ptq_static, which needs it) out, or choose another model."
-        ) from error
+        registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+        read = registry.from_torchlib
+    except (ImportError, AttributeError):  # internals, which may move
+        yield
+        return
+
+    def remembered(opset_version: int) -> Any:  # noqa: ANN401 - a type of PyTorch's internals
+        if opset_version not in _operators:
+            _operators[opset_version] = read(opset_version)
+        return _operators[opset_version]
+
+    registry.from_torchlib = staticmethod(remembered)
+    try:
+        yield
+    finally:
+        registry.from_torchlib = read
+
+
+_operators: dict[int, Any] = {}
+"""PyTorch's ONNX operators by opset."""
+
+
+def _by_torchscript(prepared: Prepared, path: Path, opset: int, dynamic: bool) -> None:
+    import onnx
+
+    if opset > OLDER_MAX_OPSET:
+        raise ExportError(f"opset {opset} is not possible, only up to {OLDER_MAX_OPSET}")
+    axes = {name: {0: "batch"} for name in (INPUT_NAME, prepared.answer)}
+    with asking("PyTorch cannot export this model"), tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        # Beside a large one it leaves a file for each tensor.
+        raw = Path(temporary) / path.name
+        torch.onnx.export(
+            prepared.network,
+            (prepared.pair if dynamic else prepared.images,),
+            str(raw),
+            dynamo=False,
+            opset_version=opset,
+            input_names=[INPUT_NAME],
+            output_names=[prepared.answer],
+            dynamic_axes=axes if dynamic else None,
+        )
+        model = onnx.load(raw)
+        onnx.helper.set_model_props(model, prepared.metadata)
+        onnx.save(model, path, save_as_external_data=_is_large(prepared.network), location=f"{path.name}.data")
+
+
+_EXPORTERS: dict[str, Callable[[Prepared, Path, int, bool], None]] = {
+    "dynamo=True": _by_dynamo,
+    OLDER: _by_torchscript,
+}
+"""PyTorch's exporters by the argument of `torch.onnx.export` that chooses them, the better one first."""
 
 
 def _strip(model: Any) -> None:  # noqa: ANN401 - onnx_ir.Model, a type of a lazy import
@@ -161,8 +257,9 @@ def _strip(model: Any) -> None:  # noqa: ANN401 - onnx_ir.Model, a type of a laz
             value.metadata_props.clear()
 
 
-def _weight_bytes(model: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+def _is_large(model: nn.Module) -> bool:
+    size: int = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    return size >= _ONE_FILE_BYTES
 
 
 def _check_file(path: Path, opset: int) -> None:
@@ -172,7 +269,7 @@ def _check_file(path: Path, opset: int) -> None:
         # By path: the only way that follows outside data.
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
-        raise CvtrainError(f"export.onnx: the file is not valid ONNX ({_first_line(error)})") from error
+        raise ExportError(f"the file is not valid ONNX ({first_line(error)})") from error
     written = next(
         entry.version for entry in onnx.load(path, load_external_data=False).opset_import if not entry.domain
     )
@@ -181,37 +278,3 @@ def _check_file(path: Path, opset: int) -> None:
             f"export.onnx.opset={opset}: the installed exporter can write this model in opset {written} only.\n"
             f"Use export.onnx.opset={written}"
         )
-
-
-def _compare(path: Path, model: nn.Module, images: Tensor, batch_sizes: tuple[int, ...]) -> None:
-    """Run the saved file beside the model, on noisy copies of the example: an all-zero one hides differences."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    generator = torch.Generator().manual_seed(0)
-    session = None
-    for size in batch_sizes:
-        batch = images + torch.randn((size, *images.shape[1:]), generator=generator)
-        with torch.no_grad():
-            expected = model(batch).numpy()
-        try:
-            if session is None:
-                session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            (logits,) = session.run([OUTPUT_NAME], {INPUT_NAME: batch.numpy()})
-        except Exception as error:
-            raise CvtrainError(
-                f"export.onnx: the file does not run in ONNX Runtime at batch {size} ({_first_line(error)})"
-            ) from error
-        scale = max(1.0, float(np.abs(expected).max()))
-        difference = float(np.abs(logits - expected).max()) / scale if logits.shape == expected.shape else float("inf")
-        if not difference <= _TOLERANCE:
-            raise CvtrainError(
-                f"export.onnx: at batch {size} the file's logits differ from the model's by {difference:.2g} of the "
-                f"largest; allowed is {_TOLERANCE:g}.\nLeave onnx out, or choose another model."
-            )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]

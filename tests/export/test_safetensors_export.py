@@ -42,11 +42,11 @@ def test_tied_and_turned_tensors_survive_and_load_strictly(tmp_path):
     assert model.second.weight is model.first.weight
 
 
-def test_the_artifact_names_its_file_runtime_and_model(tmp_path):
+def test_the_artifact_names_its_file_and_runtime(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 2, 8), nn.Flatten())
-    artifact = Safetensors().export(model, EXAMPLE, tmp_path, {})
-    assert (artifact.name, artifact.path, artifact.runtime) == ("safetensors", tmp_path / "model.safetensors", TORCH)
-    assert artifact.model is model
+    artifact = Safetensors().export(model, EXAMPLE, tmp_path, {}, "pruned")
+    assert (artifact.name, artifact.path, artifact.runtime) == ("safetensors", tmp_path / "pruned.safetensors", TORCH)
+    assert Safetensors().retry(model, EXAMPLE, tmp_path, {}) is None
     assert (artifact.params, artifact.macs) == (386, 384)
 
 
