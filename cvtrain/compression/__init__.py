@@ -1,7 +1,10 @@
 """Pruning and quantization; the `compression` group."""
 
+from cvtrain.compression.dynamic import PtqDynamic
 from cvtrain.compression.prune import PruneUnstructured
 from cvtrain.compression.ptq import PtqStatic
-from cvtrain.compression.steps import check_order, run_steps
+from cvtrain.compression.qat import Qat
+from cvtrain.compression.steps import Chain, artifact_file
+from cvtrain.compression.structured import PruneStructured
 
-__all__ = ["PruneUnstructured", "PtqStatic", "check_order", "run_steps"]
+__all__ = ["Chain", "PruneStructured", "PruneUnstructured", "PtqDynamic", "PtqStatic", "Qat", "artifact_file"]

@@ -1,14 +1,10 @@
-"""Applying the steps of the `compression` group one after the other."""
+"""What the steps of the `compression` group share."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
-
 from torch import nn
 
-from cvtrain.core.artifact import Artifact, CompressionContext, CompressionStep
-from cvtrain.errors import ConfigError
+from cvtrain.core.artifact import Compressed, CompressionContext, CompressionStep
 
 
 def artifact_file(name: str, suffix: str) -> str:
@@ -16,54 +12,36 @@ def artifact_file(name: str, suffix: str) -> str:
     return name.replace("+", "_") + suffix
 
 
-def _cannot_follow(follower: str, last: str) -> ConfigError:
-    return ConfigError(
-        f"compression: {follower!r} cannot follow {last!r}, which leaves PyTorch and ends the chain.\n"
-        f"Put {last!r} last: compression=[{follower},{last}]"
-    )
+class Chain:
+    """Compression steps in the order they were asked for, each on what the last one that changed the model made.
 
-
-def check_order(steps: Mapping[str, CompressionStep]) -> None:
-    """Refuse an order that cannot work, before any training is spent on it.
-
-    Knows only the steps that say `leaves_torch = True` about themselves; `run_steps` finds the others as it runs.
+    A step that raises leaves the chain as it was, so the ones behind it work on the model they would have got without
+    it.
 
     Args:
-        steps: Steps by option name, in the order given.
-
-    Raises:
-        ConfigError: A step stands behind one after which nothing can follow.
-    """
-    names = list(steps)
-    for last, follower in itertools.pairwise(names):
-        if getattr(steps[last], "leaves_torch", False):
-            raise _cannot_follow(follower, last)
-
-
-def run_steps(steps: Mapping[str, CompressionStep], model: nn.Module, context: CompressionContext) -> list[Artifact]:
-    """Apply `steps` in order, each to the result of the one before.
-
-    Args:
-        steps: Steps by option name, in the order given.
-        model: The trained model, on the CPU; never changed.
+        model: The trained model, on the CPU, in eval mode; never changed.
         context: What the steps may use.
-
-    Returns:
-        One artifact a step, named by the labels so far joined with `+`: `pruned`, `pruned+int8`.
-
-    Raises:
-        ConfigError: A step stands behind one after which nothing can follow.
     """
-    check_order(steps)
-    artifacts: list[Artifact] = []
-    labels: list[str] = []
-    current: nn.Module | None = model
-    previous = ""
-    for option, step in steps.items():
-        if current is None:
-            raise _cannot_follow(option, previous)
-        labels.append(step.label)
-        result = step.apply(current, "+".join(labels), context)
-        artifacts.append(result.artifact)
-        current, previous = result.model, option
-    return artifacts
+
+    def __init__(self, model: nn.Module, context: CompressionContext) -> None:
+        self.model = model
+        """What the next step works on."""
+        self.name = ""
+        """Its name: the labels of the steps that made it, joined with `+`."""
+        self.smaller: tuple[str, nn.Module] | None = None
+        """Name and network of the last step that made another network, worth an export of its own."""
+        self._context = context
+
+    def apply(self, step: CompressionStep) -> Compressed:
+        """Apply `step` and return what it gave; its artifact is called `pruned`, behind a pruning `pruned+int8`.
+
+        Raises:
+            CvtrainError: What the step raises.
+        """
+        name = f"{self.name}+{step.label}" if self.name else step.label
+        done = step.apply(self.model, name, self._context)
+        if done.model is not None:
+            self.model, self.name = done.model, name
+            if done.smaller:
+                self.smaller = (name, done.model)
+        return done

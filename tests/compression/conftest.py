@@ -30,7 +30,7 @@ class TinyNet(nn.Module):
         return self.head(self.features(images))
 
 
-def few_steps(model, epochs):
+def few_steps(model, epochs, teacher=None):
     """Real training on random pictures, one step an epoch."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
@@ -43,6 +43,15 @@ def few_steps(model, epochs):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
+    model.eval()
+
+
+def random_gradients(model, batches):
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(batches):
+        images = torch.randn((8, 1, 8, 8), generator=generator)
+        labels = torch.randint(0, 3, (8,), generator=generator)
+        nn.functional.cross_entropy(model(images), labels).backward()
 
 
 _exported = {}
@@ -65,7 +74,7 @@ def model():
 
 @pytest.fixture
 def make_context(tmp_path: Path):
-    def make(example=None, batches=None, finetune=few_steps):
+    def make(example=None, batches=None, finetune=few_steps, evaluate=lambda model: 0.0):
         shown = torch.randn((1, 1, 8, 8), generator=torch.Generator().manual_seed(2)) if example is None else example
         generator = torch.Generator().manual_seed(3)
         pictures = [torch.randn((20, *shown.shape[1:]), generator=generator) for _ in range(4)]
@@ -74,7 +83,9 @@ def make_context(tmp_path: Path):
             example=shown,
             calibration=lambda: iter(pictures if batches is None else batches),
             finetune=finetune,
-            save_weights=lambda model, path: save_weights(model, path, METADATA),
+            evaluate=evaluate,
+            backward=random_gradients,
+            save_weights=lambda model, path, given: save_weights(model, path, {**METADATA, **given}),
             export_onnx=lambda model, path: cached_export(model, shown, path),
         )
 

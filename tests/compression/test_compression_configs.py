@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from cvtrain.compression import PruneUnstructured, PtqStatic
+from cvtrain.compression import PruneUnstructured, PtqDynamic, PtqStatic, Qat
 from cvtrain.export import Onnx, Safetensors
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -46,7 +46,7 @@ def test_options_can_be_set_from_the_command_line_and_build_the_classes(composed
     prune, quantize = (instantiate(option) for option in config.compression.values())
     assert isinstance(prune, PruneUnstructured)
     assert isinstance(quantize, PtqStatic)
-    assert (prune.sparsity, quantize.method) == (0.25, "entropy")
+    assert quantize.settings.method == "entropy"
     onnx, weights = (instantiate(option) for option in config.export.values())
     assert isinstance(onnx, Onnx)
     assert isinstance(weights, Safetensors)
@@ -54,9 +54,11 @@ def test_options_can_be_set_from_the_command_line_and_build_the_classes(composed
 
 
 def test_the_shipped_values_are_the_defaults_of_the_classes(composed):
-    config = composed("compression=[prune_unstructured,ptq_static]", "export=onnx")
+    config = composed("compression=[prune_unstructured,ptq_dynamic,ptq_static,qat]", "export=onnx")
     assert vars(instantiate(config.compression.prune_unstructured)) == vars(PruneUnstructured())
+    assert vars(instantiate(config.compression.ptq_dynamic)) == vars(PtqDynamic())
     assert vars(instantiate(config.compression.ptq_static)) == vars(PtqStatic())
+    assert vars(instantiate(config.compression.qat)) == vars(Qat())
     assert vars(instantiate(config.export.onnx)) == vars(Onnx())
 
 

@@ -1,57 +1,56 @@
 import pytest
 
-from cvtrain.compression import PruneUnstructured, PtqStatic, check_order, run_steps
+from cvtrain.compression import Chain, PruneUnstructured, PtqStatic, artifact_file
 from cvtrain.core.artifact import Artifact, Compressed
-from cvtrain.errors import ConfigError
+from cvtrain.errors import CvtrainError
 
 
 class Recorder:
-    def __init__(self, label, model="same"):
-        self.label = label
-        self.model = model
+    """A step that gives `model`, or fails."""
+
+    def __init__(self, label, model=None, smaller=False, fails=False):
+        self.label, self.model, self.smaller, self.fails = label, model, smaller, fails
         self.calls = []
 
     def apply(self, model, name, context):
         self.calls.append((model, name))
-        artifact = Artifact(name, context.folder / name, "torch", 0, 0)
-        return Compressed(model if self.model == "same" else self.model, artifact)
+        if self.fails:
+            raise CvtrainError("no")
+        artifact = Artifact(name, context.folder / artifact_file(name, ".bin"), "torch", 0, 0)
+        return Compressed((artifact,), self.model, self.smaller)
 
 
-def test_steps_run_in_order_each_on_the_result_of_the_one_before(model, make_context):
-    other = object()
-    first, second = Recorder("a", model=other), Recorder("b")
-    artifacts = run_steps({"one": first, "two": second}, model, make_context())
-    assert [artifact.name for artifact in artifacts] == ["a", "a+b"]
-    assert first.calls == [(model, "a")]
-    assert second.calls == [(other, "a+b")]
+def test_each_step_works_on_what_the_last_one_that_changed_the_model_made(model, make_context):
+    pruned, again = object(), object()
+    steps = [Recorder("int8"), Recorder("pruned", pruned), Recorder("int8d"), Recorder("half", again), Recorder("qat")]
+    chain = Chain(model, make_context())
+    names = [chain.apply(step).artifacts[-1].name for step in steps]
+    assert names == ["int8", "pruned", "pruned+int8d", "pruned+half", "pruned+half+qat"]
+    assert [step.calls[0][0] for step in steps] == [model, model, pruned, pruned, again]
+    assert (chain.model, chain.name) == (again, "pruned+half")
 
 
-def test_no_steps_give_no_artifacts(model, make_context):
-    assert run_steps({}, model, make_context()) == []
+def test_the_last_smaller_network_is_kept_with_its_name(model, make_context):
+    first, second, masked = object(), object(), object()
+    chain = Chain(model, make_context())
+    assert chain.smaller is None
+    for step in (Recorder("a", first, smaller=True), Recorder("b", second, smaller=True), Recorder("c", masked)):
+        chain.apply(step)
+    chain.apply(Recorder("int8"))
+    assert chain.smaller == ("a+b", second)
+
+
+def test_a_step_that_fails_leaves_the_chain_as_it_was(model, make_context):
+    chain, behind = Chain(model, make_context()), Recorder("int8")
+    with pytest.raises(CvtrainError):
+        chain.apply(Recorder("pruned", object(), smaller=True, fails=True))
+    chain.apply(behind)
+    assert behind.calls == [(model, "int8")]
+    assert (chain.model, chain.name, chain.smaller) == (model, "", None)
 
 
 def test_pruning_then_quantizing_gives_both_files(model, make_context, tmp_path):
-    steps = {"prune_unstructured": PruneUnstructured(), "ptq_static": PtqStatic(calibration_samples=32)}
-    artifacts = run_steps(steps, model, make_context())
-    assert [artifact.name for artifact in artifacts] == ["pruned", "pruned+int8"]
+    chain = Chain(model, make_context())
+    steps = (PruneUnstructured(), PtqStatic(calibration_samples=32))
+    assert [chain.apply(step).artifacts[-1].name for step in steps] == ["pruned", "pruned+int8"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned.safetensors", "pruned_int8.onnx"]
-
-
-def test_quantizing_before_pruning_is_refused_before_any_work(model, make_context, tmp_path):
-    trained = []
-    steps = {"ptq_static": PtqStatic(), "prune_unstructured": PruneUnstructured()}
-    with pytest.raises(ConfigError) as caught:
-        run_steps(steps, model, make_context(finetune=lambda *_: trained.append(1)))
-    message = str(caught.value)
-    assert "'prune_unstructured' cannot follow 'ptq_static'" in message
-    assert "compression=[prune_unstructured,ptq_static]" in message
-    assert trained == []
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_plugin_step_that_ends_the_chain_is_found_when_it_does(model, make_context):
-    last, follower = Recorder("last", model=None), Recorder("b")
-    check_order({"mine": last, "other": follower})
-    with pytest.raises(ConfigError, match="'other' cannot follow 'mine'"):
-        run_steps({"mine": last, "other": follower}, model, make_context())
-    assert follower.calls == []

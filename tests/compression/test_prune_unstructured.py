@@ -23,7 +23,7 @@ def test_global_pruning_zeroes_the_asked_share_of_all_weights_together(model, ma
     result = PruneUnstructured(sparsity=sparsity, finetune_epochs=0).apply(model, "pruned", make_context())
     weights = weights_of(result.model)
     assert zero_share(weights) == pytest.approx(sparsity, abs=1e-3)
-    assert f"{100 * sparsity:.1f} % of the weights are zero; same size and speed" in result.artifact.note
+    assert f"{100 * sparsity:.1f} % of the weights are zero; same size and speed" in result.artifacts[-1].note
     assert max(zero_share([w]) for w in weights) - min(zero_share([w]) for w in weights) > 0.02
 
 
@@ -68,14 +68,14 @@ def test_the_zeros_hold_while_finetuning_moves_the_other_weights(model, make_con
 @pytest.mark.parametrize(("epochs", "calls"), [(0, []), (4, [4])])
 def test_finetuning_gets_the_configured_epochs_and_is_skipped_at_zero(model, make_context, epochs, calls):
     seen = []
-    context = make_context(finetune=lambda _, count: seen.append(count))
+    context = make_context(finetune=lambda _, count, teacher: seen.append(count))
     PruneUnstructured(finetune_epochs=epochs).apply(model, "pruned", context)
     assert seen == calls
 
 
 def test_the_masked_model_can_be_copied_as_an_ema_does(model, make_context):
     copies = []
-    PruneUnstructured().apply(model, "pruned", make_context(finetune=lambda m, _: copies.append(copy.deepcopy(m))))
+    PruneUnstructured().apply(model, "pruned", make_context(finetune=lambda m, *_: copies.append(copy.deepcopy(m))))
     assert len(copies) == 1
 
 
@@ -91,11 +91,11 @@ def test_the_result_has_plain_weights_and_its_file_holds_them(model, make_contex
     result = PruneUnstructured().apply(model, "pruned", make_context())
     assert list(result.model.state_dict()) == list(model.state_dict())
     assert not result.model.training
-    assert result.artifact.path == tmp_path / "pruned.safetensors"
-    stored = load_file(result.artifact.path)
+    assert result.artifacts[-1].path == tmp_path / "pruned.safetensors"
+    stored = load_file(result.artifacts[-1].path)
     assert all(torch.equal(stored[key], value) for key, value in result.model.state_dict().items())
-    assert (result.artifact.name, result.artifact.runtime) == ("pruned", "torch")
-    assert result.artifact.params == sum(p.numel() for p in model.parameters())
+    assert (result.artifacts[-1].name, result.artifacts[-1].runtime) == ("pruned", "torch")
+    assert result.artifacts[-1].params == sum(p.numel() for p in model.parameters())
 
 
 def test_attention_models_can_be_pruned_and_finetuned_for_several_steps(make_context):
@@ -125,6 +125,8 @@ def test_attention_models_can_be_pruned_and_finetuned_for_several_steps(make_con
         ({"sparsity": float("nan")}, ["sparsity=nan"]),
         ({"importance": "l2"}, ["importance=l2", "l1", "random"]),
         ({"finetune_epochs": -1}, ["finetune_epochs=-1", "0 or more"]),
+        ({"iterative_steps": [0.3, 0.1, 0.5]}, ["iterative_steps=[0.3, 0.1, 0.5]", "rise"]),
+        ({"iterative_steps": [0.1, 0.7]}, ["ends at 0.7, not at sparsity=0.5", "sparsity=0.7"]),
     ],
 )
 def test_a_setting_out_of_range_is_refused_with_its_key_value_and_range(setting, words):
@@ -142,3 +144,47 @@ def test_both_importances_are_reachable_for_both_scopes(model, make_context):
     for importance, scope in itertools.product(["l1", "random"], [True, False]):
         step = PruneUnstructured(0.5, importance=importance, global_pruning=scope, finetune_epochs=1)
         assert zero_share(weights_of(step.apply(model, "pruned", make_context()).model)) == pytest.approx(0.5, abs=0.01)
+
+
+def test_stages_zero_more_each_time_and_keep_the_zeros_of_the_ones_before(model, make_context, tmp_path):
+    tuned, train = [], make_context().finetune
+
+    def finetune(network, epochs, teacher):
+        train(network, epochs, teacher)
+        tuned.append((epochs, teacher))
+
+    for importance, scope in itertools.product(["l1", "random"], [True, False]):
+        step = PruneUnstructured(0.5, [0.1, 0.3, 0.5], importance, scope, finetune_epochs=2)
+        result = step.apply(model, "pruned", make_context(finetune=finetune, evaluate=lambda network: 0.9))
+        assert [artifact.name for artifact in result.artifacts] == ["pruned10", "pruned30", "pruned"]
+        stages = [load_file(artifact.path) for artifact in result.artifacts]
+        for name in ("features.0.weight", "features.3.weight", "head.weight"):
+            zeros = [stage[name] == 0 for stage in stages]
+            assert not (zeros[0] & ~zeros[1]).any()
+            assert not (zeros[1] & ~zeros[2]).any()
+        shares = [zero_share([stage[name] for name in stage if stage[name].dim() > 1]) for stage in stages]
+        assert shares == pytest.approx([0.1, 0.3, 0.5], abs=0.01)
+        assert [point.amount for point in result.tradeoff] == [0.0, 0.1, 0.3, 0.5]
+        assert len({point.macs for point in result.tradeoff}) == 1
+    assert tuned == [(2, None)] * 12
+
+
+def test_the_curve_counts_the_weights_that_are_not_zero(model, make_context):
+    step = PruneUnstructured(0.5, [0.25, 0.5], finetune_epochs=0)
+    before, _, after = step.apply(model, "pruned", make_context()).tradeoff
+    weights = sum(w.numel() for w in weights_of(model))
+    assert before.params == sum(p.numel() for p in model.parameters())
+    assert before.params - after.params == pytest.approx(0.5 * weights, abs=1)
+    assert (before.artifact, after.artifact) == ("", "pruned")
+
+
+def test_each_layers_zeros_are_counted(model, make_context):
+    result = PruneUnstructured(0.5, finetune_epochs=0).apply(model, "pruned", make_context())
+    assert [row["layer"] for row in result.layers] == ["features.0", "features.3", "head"]
+    assert result.layers[1]["shape"] == "16x8x3x3"
+    for row, weight in zip(result.layers, weights_of(result.model), strict=True):
+        assert (row["weights"], row["zeros"]) == (weight.numel(), int((weight == 0).sum()))
+        assert row["sparsity"] == row["zeros"] / row["weights"]
+    assert not result.smaller
+    assert not result.tradeoff
+    assert not result.artifacts[0].exact

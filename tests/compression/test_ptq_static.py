@@ -8,10 +8,11 @@ import pytest
 import torch
 import torchvision
 from onnx import TensorProto, numpy_helper
-from onnxruntime.quantization import shape_inference
+from onnxruntime.quantization import calibrate, shape_inference
 from torch import nn
 
 from cvtrain.compression import PtqStatic
+from cvtrain.compression.quantize import calibration_batches
 from cvtrain.errors import ConfigError, CvtrainError, DataError
 
 
@@ -35,7 +36,7 @@ def weight_tensors(path):
 
 @pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
 def test_the_file_runs_at_any_batch_size_and_stays_close_to_the_float_model(model, make_context, method):
-    artifact = PtqStatic(calibration_samples=64, method=method).apply(model, "int8", make_context()).artifact
+    artifact = PtqStatic(calibration_samples=64, method=method).apply(model, "int8", make_context()).artifacts[-1]
     for size in (1, 7, 64):
         images = torch.randn((size, 1, 8, 8), generator=torch.Generator().manual_seed(size))
         expected = model(images).detach().numpy()
@@ -54,7 +55,7 @@ def test_a_resnet_becomes_a_quarter_of_its_size_and_keeps_its_answers(make_conte
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn((16, 3, 16, 16), generator=generator)]
     context = make_context(example=torch.randn(1, 3, 16, 16), batches=batches)
-    artifact = PtqStatic(calibration_samples=16).apply(net, "int8", context).artifact
+    artifact = PtqStatic(calibration_samples=16).apply(net, "int8", context).artifacts[-1]
     assert artifact.path.stat().st_size < 0.27 * 4 * artifact.params
     with torch.no_grad():
         expected = net(batches[0]).numpy()
@@ -62,7 +63,7 @@ def test_a_resnet_becomes_a_quarter_of_its_size_and_keeps_its_answers(make_conte
 
 
 def test_weights_are_signed_activations_unsigned_and_scales_one_for_each_channel(model, make_context):
-    path = PtqStatic(calibration_samples=32).apply(model, "int8", make_context()).artifact.path
+    path = PtqStatic(calibration_samples=32).apply(model, "int8", make_context()).artifacts[-1].path
     graph = onnx.load(path).graph
     constants = {entry.name: entry for entry in graph.initializer}
     zero_points = {constants[node.input[2]].data_type for node in graph.node if node.op_type == "QuantizeLinear"}
@@ -72,27 +73,30 @@ def test_weights_are_signed_activations_unsigned_and_scales_one_for_each_channel
 
 
 def test_without_per_channel_every_weight_has_one_scale(model, make_context):
-    path = PtqStatic(calibration_samples=32, per_channel=False).apply(model, "int8", make_context()).artifact.path
+    path = PtqStatic(calibration_samples=32, per_channel=False).apply(model, "int8", make_context()).artifacts[-1].path
     assert {scale.size for _, scale in weight_tensors(path)} == {1}
 
 
 @pytest.mark.parametrize(("reduced", "largest"), [(False, 127), (True, 64)])
 def test_reduced_range_keeps_weights_to_seven_bits(model, make_context, reduced, largest):
-    path = PtqStatic(calibration_samples=32, reduce_range=reduced).apply(model, "int8", make_context()).artifact.path
+    path = (
+        PtqStatic(calibration_samples=32, reduce_range=reduced).apply(model, "int8", make_context()).artifacts[-1].path
+    )
     assert max(int(np.abs(weight.astype(int)).max()) for weight, _ in weight_tensors(path)) == largest
 
 
-def test_the_artifact_ends_the_chain_and_only_its_file_is_left(model, make_context, tmp_path):
+def test_the_artifact_is_a_side_product_and_only_its_file_is_left(model, make_context, tmp_path):
     result = PtqStatic(calibration_samples=32).apply(model, "pruned+int8", make_context())
     assert result.model is None
-    assert (result.artifact.name, result.artifact.runtime) == ("pruned+int8", "onnxruntime")
+    (artifact,) = result.artifacts
+    assert (artifact.name, artifact.runtime, artifact.exact) == ("pruned+int8", "onnxruntime", False)
     assert [path.name for path in tmp_path.iterdir()] == ["pruned_int8.onnx"]
-    assert result.artifact.params == sum(p.numel() for p in model.parameters())
-    assert result.artifact.macs > 0
+    assert artifact.params == sum(p.numel() for p in model.parameters())
+    assert artifact.macs > 0
 
 
 def test_the_metadata_of_the_float_file_reaches_the_int8_file(model, make_context):
-    path = PtqStatic(calibration_samples=32).apply(model, "int8", make_context()).artifact.path
+    path = PtqStatic(calibration_samples=32).apply(model, "int8", make_context()).artifacts[-1].path
     stored = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     assert stored["class_names"] == '["a", "b", "c"]'
     assert stored["version"] == "1"
@@ -100,7 +104,7 @@ def test_the_metadata_of_the_float_file_reaches_the_int8_file(model, make_contex
 
 @pytest.mark.parametrize(("asked", "used"), [(33, 33), (1000, 80)])
 def test_no_more_than_the_asked_pictures_are_used_and_the_note_counts_them(model, make_context, asked, used):
-    note = PtqStatic(calibration_samples=asked).apply(model, "int8", make_context()).artifact.note
+    note = PtqStatic(calibration_samples=asked).apply(model, "int8", make_context()).artifacts[-1].note
     assert note == f"static INT8, minmax ranges of {used} training pictures"
 
 
@@ -108,9 +112,9 @@ def test_a_picture_behind_the_asked_number_has_no_effect(model, make_context):
     wild = torch.full((4, 1, 8, 8), 1e4)
     calm = torch.randn((40, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     context = make_context(batches=[calm, wild])
-    few = PtqStatic(calibration_samples=40).apply(model, "int8", context).artifact.path.read_bytes()
-    all_of_them = PtqStatic(calibration_samples=44).apply(model, "int8", context).artifact.path.read_bytes()
-    calm_only = PtqStatic(calibration_samples=44).apply(model, "int8", make_context(batches=[calm])).artifact.path
+    few = PtqStatic(calibration_samples=40).apply(model, "int8", context).artifacts[-1].path.read_bytes()
+    all_of_them = PtqStatic(calibration_samples=44).apply(model, "int8", context).artifacts[-1].path.read_bytes()
+    calm_only = PtqStatic(calibration_samples=44).apply(model, "int8", make_context(batches=[calm])).artifacts[-1].path
     assert few == calm_only.read_bytes()
     assert few != all_of_them
 
@@ -122,7 +126,7 @@ def test_percentile_falls_back_to_minmax_on_a_range_without_bins_and_says_so(mak
     with torch.no_grad():
         flat[0].weight.mul_(1e-6)
         flat[0].bias.fill_(1.0)
-    artifact = PtqStatic(calibration_samples=40, method="percentile").apply(flat, "int8", make_context()).artifact
+    artifact = PtqStatic(calibration_samples=40, method="percentile").apply(flat, "int8", make_context()).artifacts[-1]
     assert "minmax ranges" in artifact.note
     assert "percentile calibration failed" in artifact.note
     assert run(artifact.path, torch.zeros(7, 1, 8, 8)).shape == (7, 3)
@@ -139,16 +143,57 @@ def test_a_failing_symbolic_shape_inference_is_retried_without_it(model, make_co
         return original(*args, skip_symbolic_shape=True, **kwargs)
 
     monkeypatch.setattr(shape_inference, "quant_pre_process", failing)
-    artifact = PtqStatic(calibration_samples=32).apply(model, "int8", make_context()).artifact
+    artifact = PtqStatic(calibration_samples=32).apply(model, "int8", make_context()).artifacts[-1]
     assert skipped == [False, True]
     assert artifact.path.is_file()
+
+
+def test_histograms_see_one_small_batch_at_a_time(model, make_context, monkeypatch):
+    held = []
+    original = calibrate.HistogramCalibrater.collect_data
+
+    def watching(self, reader):
+        original(self, Watched(reader))
+        held.append(len(self.intermediate_outputs))
+
+    class Watched:
+        def __init__(self, reader):
+            self.reader, self.count = reader, 0
+
+        def get_next(self):
+            fed = self.reader.get_next()
+            if fed is not None:
+                sizes.append(fed["images"].shape[0])
+            return fed
+
+    sizes = []
+    monkeypatch.setattr(calibrate.HistogramCalibrater, "collect_data", watching)
+    PtqStatic(calibration_samples=70, method="percentile").apply(model, "int8", make_context())
+    assert sizes == [16, 4, 16, 4, 16, 4, 10]
+    assert held == [0] * 7  # nothing is kept from one batch to the next
+
+
+def test_pictures_of_many_pixels_come_in_smaller_batches():
+    large = [torch.zeros(5, 1, 448, 448)]
+    assert [len(batch) for batch in calibration_batches(large, 5)] == [4, 1]
+
+
+def test_a_histogram_that_outgrows_memory_becomes_minmax(model, make_context, monkeypatch):
+    def hungry(*_):
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr(calibrate.HistogramCollector, "collect", hungry)
+    artifact = PtqStatic(calibration_samples=40, method="entropy").apply(model, "int8", make_context()).artifacts[-1]
+    assert (
+        artifact.note == "static INT8, minmax ranges of 40 training pictures; entropy calibration failed on this model"
+    )
 
 
 def test_a_model_whose_channels_are_all_zero_in_places_still_runs(model, make_context):
     with torch.no_grad():
         model.features[3].weight[:5] = 0
         model.head.weight.zero_()
-    artifact = PtqStatic(calibration_samples=32).apply(model, "int8", make_context()).artifact
+    artifact = PtqStatic(calibration_samples=32).apply(model, "int8", make_context()).artifacts[-1]
     assert np.isfinite(run(artifact.path, torch.randn(7, 1, 8, 8))).all()
 
 
@@ -186,6 +231,8 @@ def test_a_model_onnx_runtime_cannot_quantize_is_reported_in_words_and_leaves_no
     [
         ({"calibration_samples": 0}, ["calibration_samples=0", "1 or more"]),
         ({"method": "percentil"}, ["method=percentil", "did you mean 'percentile'", "minmax"]),
+        ({"max_drop": 5}, ["max_drop=5", "0 to 1"]),
+        ({"max_drop": None}, ["max_drop=None", "0 to 1"]),
     ],
 )
 def test_a_setting_out_of_range_is_refused_with_its_key_value_and_range(setting, words):
