@@ -155,7 +155,8 @@ class Composer:
                 raise _unknown_name(key, override.get_value_element_as_str(), groups, names, self.verb)
 
     def _check_complete(self, config: dict[str, Any]) -> None:
-        groups = set(catalog.defaults(self.verb)) - {"experiment", "debug"}
+        optional = {group for group, option in catalog.defaults(self.verb).items() if option == "null"}
+        groups = set(catalog.defaults(self.verb)) - {"experiment", "debug"} - optional
         missing = sorted(groups.union(name for name, _, _ in catalog.keys(self.verb)) - config.keys())
         if missing:
             raise ConfigError(

@@ -136,6 +136,8 @@ COUNT_OR_NULL = Rule("int", low=1, optional=True)
 WHOLE = Rule("int", low=0)
 SHARE = Rule("float", low=0, high=1)
 SHARE_BELOW_1 = Rule("float", low=0, high=1, below=True)
+PART = Rule("float", low=0, high=1, above=True, below=True)
+PART_OR_NULL = Rule("float", low=0, high=1, above=True, below=True, optional=True)
 NOT_NEGATIVE = Rule("float", low=0)
 POSITIVE = Rule("float", low=0, above=True)
 SEED = Rule("int", low=0, high=2**63 - 1)
@@ -283,17 +285,35 @@ RULES: dict[str, Rule] = {
     "temperature": POSITIVE,
     "teacher_weight": SHARE,
     # compression, export, logger
-    "sparsity": Rule("float", low=0, high=1, above=True, below=True),
-    "importance": Rule("str", choices=("l1", "random")),
+    "sparsity": PART,
+    "pruning_ratio": PART_OR_NULL,
+    "target_macs": PART_OR_NULL,
+    "target_params": PART_OR_NULL,
+    "target_latency": PART_OR_NULL,
+    "iterative_steps": Rule("list", item=PART, optional=True),
+    "round_to": COUNT,
+    "distill": FLAG,
+    "importance": Rule("str", choices=("l1", "magnitude", "bn_scale", "taylor", "random")),
     "global_pruning": FLAG,
     "finetune_epochs": WHOLE,
     "calibration_samples": COUNT,
     "method": Rule("str", choices=("minmax", "entropy", "percentile")),
     "per_channel": FLAG,
     "reduce_range": FLAG,
+    "auto_skip": FLAG,
+    "max_drop": Rule("float", low=0, high=1, optional=True),
     "opset": Rule("int", low=18),
     "dynamic": FLAG,
+    "embed_preprocessing": FLAG,
     "images": COUNT,
+    # budget, gate, benchmark
+    "min_accuracy": Rule("float", low=0, high=1, optional=True),
+    "latency_ms": Rule("float", low=0, above=True, optional=True),
+    "max_latency_ms": Rule("float", low=0, above=True, optional=True),
+    "size_mb": Rule("float", low=0, above=True, optional=True),
+    "max_size_mb": Rule("float", low=0, above=True, optional=True),
+    "batches": Rule("list", item=COUNT),
+    "runs": Rule("int", low=5),
     # check
     "near": Rule("float", low=1, optional=True),
     # predict and the verbs on a finished run
@@ -387,12 +407,6 @@ def _contradictions(config: dict[str, Any]) -> Iterator[str]:
             break
     if config["precision"].get("_target_", "").endswith(".Fp16") and config["device"] == "cpu":
         yield "precision=fp16 and device=cpu: a CPU has no fast float16; use precision=amp or precision=fp32"
-    steps = list(config["compression"])
-    if "ptq_static" in steps[:-1]:
-        yield (
-            f"compression=[{','.join(steps)}]: ptq_static leaves PyTorch, so it must come last: "
-            f"compression=[{','.join([s for s in steps if s != 'ptq_static'] + ['ptq_static'])}]"
-        )
     if config["batch_size"] < 2:
         yield "batch_size=1 is not allowed: batch norm needs two pictures; use batch_size=2 and grad_accum_steps"
     if config["max_time"] is not None:

@@ -128,6 +128,7 @@ def _execute_locked(
         outcome.status, outcome.exit_code, outcome.error = state, error.exit_code, error
         summary = runs.read_json(folder / "metrics.json")  # there when only an artifact failed
         outcome.metrics, outcome.data = summary.get("metrics", {}), summary.get("data", {})
+        outcome.artifacts = summary.get("artifacts", [])
         traceback.clear_frames(caught.__traceback__)  # a sweep must not keep the model of a failed job
     return outcome
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,22 +23,22 @@ from cvtrain.core.recompute import checkpoint_activations
 from cvtrain.core.types import DataSets, Preprocess
 from cvtrain.data import ArraySource
 from cvtrain.errors import EXIT_OK, ConfigError
-from cvtrain.evaluation.proof import measure_latency
-from cvtrain.evaluation.runners import Runner
+from cvtrain.evaluation import measure
 from cvtrain.finetune import Strategy
 from cvtrain.inspection.model_summary import Layer, Memory, Shape, Summary, in_stages, kept_bytes, trace
 from cvtrain.model.pretrained import resolve as resolve_pretrained
 from cvtrain.precision import Amp, native_dtype
 from cvtrain.report import models as shown
 from cvtrain.report.console import attach_log, human_bytes, make_console
+from cvtrain.runtime.session import clocked
 
 log = logging.getLogger("cvtrain")
 
 LARGER_BATCH = 16
 """Pictures in the second batch whose latency is measured."""
 TIMED_S = 20.0
-"""About how long measuring one batch size may take; slow networks still get the least number of runs."""
-LEAST_RUNS, MOST_RUNS = 3, 60
+"""About how long measuring one batch size may take; slow networks still get a few runs."""
+RUNS = 60
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,12 @@ def run(config: dict[str, Any], trusted: list[str]) -> int:
         timed = f"on {device}, {threads} CPU thread{'s' * (threads > 1)}, float32, measured in turn"
         rows = [_model_row(one) for one in found]
         for batch in (1, LARGER_BATCH):
-            for row, times in zip(rows, _latencies(found, batch, device, config["channels_last"]), strict=True):
+            log.info("latency: %d models in turn, batches of %d", len(found), batch)
+            latencies = measure(
+                [_OnDevice(one, device, config["channels_last"]) for one in found], batch, RUNS, TIMED_S / len(found)
+            )
+            for row, latency in zip(rows, latencies, strict=True):
+                times = latency.milliseconds
                 row |= {f"batch_{batch}_ms_p{p}": float(np.percentile(times, p)) for p in (5, 50, 95)}
         write_csv(folder / "models.csv", rows)
         shown.draw_comparison(rows, timed, folder / "models.png")
@@ -239,30 +243,16 @@ def _model_row(inspected: Inspected) -> dict[str, Any]:
     }
 
 
-def _latencies(found: Sequence[Inspected], batch: int, device: torch.device, channels_last: bool) -> list[list[float]]:
-    """Return the milliseconds that each network took for `batch` pictures, run after run, the networks in turn."""
-    runners = [_runner(one, batch, device, channels_last) for one in found]
-    nothing = torch.empty(0)
-    seconds = 0.0
-    for runner in runners:
-        runner(nothing)
-        start = time.perf_counter()
-        runner(nothing)
-        seconds += time.perf_counter() - start
-    # Two calls a run, and as many to warm up as there are runs, but no more than ten.
-    runs_each = min(MOST_RUNS, max(LEAST_RUNS, int(TIMED_S / max(seconds, 1e-9) / 3)))
-    log.info("latency: %d models in turn, batches of %d, %d runs each", len(found), batch, runs_each)
-    return measure_latency(runners, nothing, runs_each, warmup=min(10, runs_each))
+class _OnDevice:
+    """A network and pictures for it, to be measured with others."""
 
+    def __init__(self, inspected: Inspected, device: torch.device, channels_last: bool) -> None:
+        self._model = lay_out(inspected.model, device, channels_last).eval()
+        self._shape, self._device = inspected.summary.input, device
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
 
-def _runner(inspected: Inspected, batch: int, device: torch.device, channels_last: bool) -> Runner:
-    model = lay_out(inspected.model, device, channels_last).eval()
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    images = torch.zeros(batch, *inspected.summary.input, device=device).contiguous(memory_format=memory_format)
-
-    def run(_: Tensor) -> Tensor:
+    def time(self, batch: int, runs: int) -> list[float]:
+        """Return the milliseconds of `runs` calls on `batch` pictures."""
+        images = torch.zeros(batch, *self._shape, device=self._device).contiguous(memory_format=self._format)
         with torch.inference_mode():
-            logits: Tensor = model(images)
-            return logits.cpu()  # waits for a GPU
-
-    return run
+            return clocked(lambda: self._model(images).cpu(), runs)  # waits for a GPU

@@ -19,6 +19,7 @@ from cvtrain.command import deployed
 from cvtrain.core.files import write_atomic
 from cvtrain.data.picture import extensions, printable, read_picture
 from cvtrain.errors import EXIT_OK, ConfigError, DataError
+from cvtrain.evaluation.calibration import to_probabilities
 
 
 def run(config: dict[str, Any], trusted: list[str]) -> int:
@@ -64,7 +65,7 @@ def predict(shipped: deployed.Deployed, names: list[str], images: Tensor, topk: 
         topk: Classes a picture, at most K.
     """
     logits = shipped.model(shipped.preprocess(images.to(shipped.device))).float()
-    probabilities = torch.sigmoid(logits) if shipped.multilabel else torch.softmax(logits, dim=1)
+    probabilities = to_probabilities(logits, shipped.temperature, shipped.multilabel)
     top = probabilities.topk(topk, dim=1)
     rows: list[dict[str, Any]] = []
     for i, name in enumerate(names):

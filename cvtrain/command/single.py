@@ -14,7 +14,7 @@ from cvtrain.command.handover import quoted, to_hydra
 from cvtrain.command.job import Outcome, execute
 from cvtrain.compose import group_choices
 from cvtrain.core import launch
-from cvtrain.errors import EXIT_OK, ConfigError, LockedError
+from cvtrain.errors import EXIT_OK, ConfigError, GateError, LockedError
 
 
 def run(
@@ -129,13 +129,26 @@ def settled(folder: Path, config: dict[str, Any]) -> Outcome | None:
     if old is None:
         return None
     more = resume.asks_for_more(resume.check(folder, old, config))
-    return finished_outcome(folder) if runs.is_finished(folder) and not more else None
-
-
-def finished_outcome(folder: Path) -> Outcome:
-    """Return what a finished run reported, read back from its folder."""
     summary = runs.read_json(folder / "metrics.json")
-    return Outcome(
+    # Nothing is left to do behind a missed gate either, but to look whether this command's gate is passed.
+    missed = runs.read_json(folder / runs.STATUS).get("exit_code") == GateError.exit_code and summary.get("artifacts")
+    return finished_outcome(folder, config) if (runs.is_finished(folder) or missed) and not more else None
+
+
+def finished_outcome(folder: Path, config: dict[str, Any]) -> Outcome:
+    """Return what a finished run reported, read back from its folder, and how its artifacts stand to the gate."""
+    summary = runs.read_json(folder / "metrics.json")
+    outcome = Outcome(
         run=str(folder), status="done", exit_code=EXIT_OK,
         metrics=summary.get("metrics", {}), artifacts=summary.get("artifacts", []), data=summary.get("data", {}),
     )  # fmt: skip
+    if outcome.artifacts and any(limit is not None for limit in config["gate"].values()):
+        from cvtrain.evaluation.verdict import check_gate, judge
+
+        try:
+            check_gate(outcome.artifacts, judge(outcome.artifacts, config["budget"]), config["gate"])
+        except GateError as error:
+            outcome.status, outcome.exit_code, outcome.error = "failed", error.exit_code, error
+    if runs.read_json(folder / runs.STATUS).get("exit_code") != outcome.exit_code:
+        runs.write_status(folder, outcome.status, outcome.exit_code, str(outcome.error or ""))
+    return outcome

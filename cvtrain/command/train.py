@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from contextlib import closing
@@ -18,7 +17,7 @@ from cvtrain import runs
 from cvtrain.averaging import NoAveraging
 from cvtrain.build import Builder, lay_out
 from cvtrain.command import continuation, debugging, processes
-from cvtrain.command.artifacts import make_artifacts
+from cvtrain.command.artifacts import make_and_prove, subject_of
 from cvtrain.command.provenance import deployment_metadata, environment, fingerprint, write_manifest
 from cvtrain.command.results import Evaluation, write_csv, write_results
 from cvtrain.command.teacher import load_teacher, refuse_another_teacher
@@ -38,13 +37,13 @@ from cvtrain.engine.run import TrainRun
 from cvtrain.engine.signals import StopRequest
 from cvtrain.engine.state import TERMS, TrainState
 from cvtrain.errors import ConfigError, DataError, did_you_mean
+from cvtrain.evaluation import fit_temperature
 from cvtrain.logger import NoLogger
 from cvtrain.model.size import first_line, refusal
 from cvtrain.precision.compiling import compiled
 from cvtrain.report import plots
 from cvtrain.report.console import (
     Progressing,
-    artifacts_table,
     attach_log,
     class_histogram,
     imbalance_notice,
@@ -208,8 +207,10 @@ def build_run(builder: Builder, sets: DataSets, device: torch.device, folder: Pa
     averaging.begin(model)
     distillation = builder.distillation(task, load_teacher(builder, sets, device, folder))
     _check_monitor(config["monitor"], task, distillation.terms, sets.num_classes)
-    for group in ("compression", "export"):  # built again when they are due; wrong settings are told now
-        builder.build_each(group)
+    builder.build_each("export")  # built again when they are due; wrong settings are told now
+    for step in builder.build_each("compression").values():
+        if hasattr(step, "check"):
+            step.check(model, torch.zeros(1, *sets.preprocess.shape))
     accepted = runs.read_json(folder / runs.MANIFEST).get("config_hashes", [])
     stored = {
         "config_hash": runs.config_hash(config),
@@ -340,6 +341,7 @@ def conclude(builder: Builder, run: TrainRun, sets: DataSets, folder: Path, cons
     run.averaging = NoAveraging()  # what was averaged is now the model
     keep_activations(run.model)
     model = run.model.eval()
+    metadata["temperature"] = f"{_temperature(run, sets):.6g}"
     if distributed.main():
         weights.save_weights(model, folder / "weights" / "model.safetensors", metadata)
         run.checkpoints.record("model.safetensors")
@@ -362,17 +364,23 @@ def conclude(builder: Builder, run: TrainRun, sets: DataSets, folder: Path, cons
     counts = sets.counts()
     report = {"metrics": results, "intervals_95": intervals, "artifacts": [], "data": counts}
     write_json(folder / "metrics.json", report)  # stands even when an artifact fails
-    rows, failures = make_artifacts(builder, run, folder, metadata)
-    console.print(artifacts_table(rows, seen, torch.get_num_threads()))
-    artifacts = [{k: v for k, v in dataclasses.asdict(row).items() if k != "note"} for row in rows]
-    write_json(folder / "metrics.json", {**report, "artifacts": artifacts})
+    proved = make_and_prove(builder, subject_of(builder, run, sets, folder, metadata))
+    proved.show(console, torch.get_num_threads())
+    write_json(folder / "metrics.json", {**report, "artifacts": proved.table, "winner": proved.verdict.winner})
     finals = {name: results[name] for name in (run.monitor.name, "test/acc") if name in results}
     # Behind the last step, so that a run which is killed here and concluded again hides them before it writes them.
     behind = run.state.step + 1
     run.tracker.hparams(flat(builder.config), {f"hparam/{name}": value for name, value in finals.items()}, behind)
-    if failures:
-        raise failures[0]
-    return TrainResult(results, artifacts, counts)
+    proved.settle(builder.config["gate"])
+    return TrainResult(results, proved.table, counts)
+
+
+def _temperature(run: TrainRun, sets: DataSets) -> float:
+    """Return what logits are divided by before they become probabilities, fitted on val; 1 in a run that only tries."""
+    if run.options.limit_eval_batches is not None:
+        return 1.0
+    _, logits = evaluate_model(run, run.model, "val", full_precision=True)
+    return fit_temperature(logits, torch.from_numpy(sets.val.labels), sets.multilabel)
 
 
 def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:

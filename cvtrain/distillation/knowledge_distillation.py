@@ -41,7 +41,7 @@ class KnowledgeDistillation(NoDistillation):
         teacher_weight: α in 0..1.
     """
 
-    terms = ("task", "distillation")
+    terms: tuple[str, ...] = ("task", "distillation")
 
     def __init__(
         self, teacher: Teacher, multilabel: bool = False, temperature: float = 4.0, teacher_weight: float = 0.7

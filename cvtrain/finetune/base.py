@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import nn
 from cvtrain.core.phases import Phase, phase_at
 from cvtrain.core.stages import Stage
 from cvtrain.errors import ConfigError, did_you_mean
+
+_PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +125,8 @@ def _rest_between_frozen(model: nn.Module, frozen: AbstractSet[str]) -> None:
 
 
 def original(name: str) -> str:
-    """Return a parameter's name in the network as it was built: `torch.nn.utils.prune` renames what it masks."""
-    return name.removesuffix("_orig")
+    """Return a parameter's name in the network as it was built; torch renames what it masks or parametrizes."""
+    return _PARAMETRIZED.sub(r"\1", name.removesuffix("_orig"))
 
 
 def layer_factors(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.columns import Columns
 from rich.console import Console
 from rich.markup import escape
@@ -247,33 +248,84 @@ def stages_table(
     return table
 
 
-def artifacts_table(rows: Sequence[Any], test_size: int, threads: int) -> Table:
-    """Return the proof as a table; `rows` are evaluation.ProofRow."""
-    table = Table(
-        title=f"Artifacts, each run by its own runtime on the {test_size} test pictures "
-        f"(latency: batch 1, {threads} CPU thread{'s' * (threads > 1)})",
+def artifacts_table(rows: Sequence[Any], pictures: str, threads: int, winner: str | None = None) -> Table:
+    """Return the proof as a table that fits a window of 100 columns.
+
+    Args:
+        rows: evaluation.ProofRow, the reference first.
+        pictures: What they were judged on: "359 test pictures".
+        threads: CPU threads that each had.
+        winner: Artifact to mark; None: none.
+    """
+    batch = rows[0].batch
+    table = _table(
+        f"Artifacts, each run by its own runtime on {pictures}, {threads} CPU thread{'s' * (threads > 1)}; ★ the winner"
+    )
+    for name in ("artifact", "runtime"):
+        table.add_column(name, overflow="fold")
+    heads = ("acc\n%", "Δ to fp32 [95 %]\npoints", "agree\n%", "size", "batch 1\nms", f"batch {batch}\nimages/s")
+    for name in (*heads, "mem\nMB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        delta = "–"
+        if row is not rows[0]:
+            delta = f"{100 * row.delta:+.2f} [{100 * row.delta_low:+.2f}, {100 * row.delta_high:+.2f}]"
+        table.add_row(
+            f"{'★ ' * (row.artifact == winner)}{escape(row.artifact)}", row.runtime, f"{100 * row.accuracy:.2f}", delta,
+            _agreement(row.agreement), human_bytes(row.bytes), short_ms(row.latency_ms_p50),
+            f"{1000 * row.batch / row.latency_batch_ms_p50:,.0f}", _megabytes(row.memory_mb),
+            style="bold green" if row.artifact == winner else None,
+        )  # fmt: skip
+    table.caption = escape("\n".join(f"{row.artifact}: {row.note}" for row in rows if row.note))
+    return table
+
+
+def latency_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Return a benchmark as a table; `rows` are those of benchmark.csv, sorted by batch."""
+    table = _table(title)
+    for name in ("artifact", "runtime"):
+        table.add_column(name, overflow="fold")
+    for name in ("batch", "p50, ms", "p95, ms", "IQR, ms", "images/s", "memory, MB", "size", "speed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for i, row in enumerate(rows):
+        if i and row["batch"] != rows[i - 1]["batch"]:
+            table.add_section()
+        table.add_row(
+            *(escape(row["artifact"]), row["runtime"], str(row["batch"])),
+            *(short_ms(row[name]) for name in ("latency_ms_p50", "latency_ms_p95", "latency_ms_iqr")),
+            f"{row['images_per_s']:,.0f}",
+            *(_megabytes(row["memory_mb"]), human_bytes(row["bytes"]), f"{row['speed']:.2f}×"),
+        )
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=escape(title),
         title_justify="left",
         title_style="bold",
         header_style="bold",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        padding=(0, 1),
+        collapse_padding=True,
     )
-    for name in ("artifact", "runtime"):
-        table.add_column(name)
-    for name in ("accuracy", "Δ to fp32 [95 %]", "agreement", "size", "latency p50", "p95"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        delta = (
-            f"{100 * row.delta:+.2f} [{100 * row.delta_low:+.2f}, {100 * row.delta_high:+.2f}]"
-            if row is not rows[0]
-            else "–"
-        )
-        table.add_row(
-            escape(row.artifact), row.runtime, f"{100 * row.accuracy:.2f} %", delta, f"{100 * row.agreement:.2f} %",
-            human_bytes(row.bytes), f"{row.latency_ms_p50:.2f} ms", f"{row.latency_ms_p95:.2f} ms",
-        )  # fmt: skip
-    notes = [f"{row.artifact}: {row.note}" for row in rows if row.note]
-    table.caption = escape("\n".join(notes))
-    table.caption_justify = "left"
-    return table
+
+
+def _agreement(share: float) -> str:
+    """Return a share in percent; 100 only where it is all."""
+    return "100" if share == 1 else f"{min(99.99, 100 * share):.2f}"
+
+
+def _megabytes(value: float) -> str:
+    return f"{value:,.0f}" if math.isfinite(value) else "–"
+
+
+def short_ms(value: float) -> str:
+    """Return a number of milliseconds with about three digits: 0.052, 0.52, 7.31, 52.4, 1,234."""
+    return f"{value:,.{3 if value < 0.1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def human_bytes(size: int) -> str:

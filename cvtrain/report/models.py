@@ -13,16 +13,14 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from cvtrain.report.console import human_bytes
-from cvtrain.report.plots import INK, TRAIN, VAL, save
+from cvtrain.report.console import human_bytes, short_ms
+from cvtrain.report.plots import INK, PALETTE, TRAIN, VAL, save
 
 mpl.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 MARKS = "osD^vP*Xh<>p"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Told apart also by the colour-blind: Okabe & Ito, "Color universal design", 2008."""
 LINE = 0.055
 """Least distance of two labels, as a share of a picture's height."""
 
@@ -105,14 +103,9 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], timed: str) -> Table:
             *(escape(row["model"]), row["input"], f"{row['params']:,}", f"{row['macs'] / 1e6:,.1f} M"),
             *(human_bytes(row[name]) for name in ("weights_bytes", "activation_bytes", "memory_bytes")),
             str(row["receptive_field"]),
-            *("{} [{}, {}]".format(*(_short(row[f"{name}_ms_p{p}"]) for p in (50, 5, 95))) for name in batches),
+            *("{} [{}, {}]".format(*(short_ms(row[f"{name}_ms_p{p}"]) for p in (50, 5, 95))) for name in batches),
         )
     return table
-
-
-def _short(value: float) -> str:
-    """Return a number of milliseconds with about three digits: 0.52, 7.31, 52.4, 1,234."""
-    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def draw_layers(summary: Any, path: Path) -> None:  # noqa: ANN401 - inspection.Summary, a sibling's type
@@ -181,7 +174,7 @@ def draw_comparison(rows: Sequence[Mapping[str, Any]], timed: str, path: Path) -
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         for i, row in enumerate(rows):
             low, middle, high = (row[f"batch_1_ms_{name}"] for name in ("p5", "p50", "p95"))
-            colour, value = COLOURS[i % len(COLOURS)], row[key] / 1e6
+            colour, value = PALETTE[i % len(PALETTE)], row[key] / 1e6
             axis.errorbar(value, middle, [[middle - low], [high - middle]], color=colour, alpha=0.6, capsize=3)
             axis.plot(value, middle, MARKS[i % len(MARKS)], color=colour, ms=8)
         sizes = [row[key] / 1e6 for row in rows]
@@ -212,5 +205,5 @@ def _label(axis: Axes, points: Sequence[tuple[float, float, str]]) -> None:
             fontsize=8.5,
             va="center",
             color=INK,
-            arrowprops={"arrowstyle": "-", "lw": 0.8, "alpha": 0.7, "color": COLOURS[i % len(COLOURS)]},
+            arrowprops={"arrowstyle": "-", "lw": 0.8, "alpha": 0.7, "color": PALETTE[i % len(PALETTE)]},
         )

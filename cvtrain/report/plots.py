@@ -15,9 +15,13 @@ from torch import Tensor
 from cvtrain.core.files import write_atomic
 
 mpl.use("Agg")
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 INK, TRAIN, VAL = "#1b1f24", "#2a6fdb", "#e07b00"
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Told apart also by the colour-blind: Okabe & Ito, "Color universal design", 2008."""
 
 
 def save(figure: Figure, path: Path) -> NDArray[np.uint8]:
@@ -94,31 +98,74 @@ def batch(images: Tensor, captions: Sequence[str], path: Path) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def artifacts(rows: Sequence[Any], path: Path) -> None:
-    """Draw accuracy against latency, the area of a mark being the file's size; `rows` are evaluation.ProofRow."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+def artifacts(rows: Sequence[Any], path: Path, winner: str | None = None) -> None:
+    """Draw accuracy against latency, the area of a mark being the file's size.
+
+    Args:
+        rows: evaluation.ProofRow, the reference first.
+        path: The file.
+        winner: Artifact to mark; None: none.
+    """
+    figure = Figure(figsize=(9, max(4.2, 1.6 + 0.34 * len(rows))), layout="constrained")
     axis = figure.subplots()
     largest = max(row.bytes for row in rows)
     for i, row in enumerate(rows):
-        error = [[100 * (row.delta - row.delta_low)], [100 * (row.delta_high - row.delta)]]
-        axis.errorbar(row.latency_ms_p50, 100 * row.accuracy, yerr=error, color=INK, alpha=0.35, capsize=3)
-        axis.scatter(row.latency_ms_p50, 100 * row.accuracy, s=60 + 500 * row.bytes / largest, alpha=0.75)
-        axis.annotate(
-            f"{row.artifact}\n{row.bytes / 1e6:.2f} MB",
-            (row.latency_ms_p50, 100 * row.accuracy),
-            xytext=(12, 6 if i % 2 else -16),  # artifacts often lie side by side
-            textcoords="offset points",
-            fontsize=8,
+        colour, accuracy = PALETTE[i % len(PALETTE)], 100 * row.accuracy
+        error = [[100 * max(0.0, row.delta - row.delta_low)], [100 * max(0.0, row.delta_high - row.delta)]]
+        axis.errorbar(row.latency_ms_p50, accuracy, yerr=error, color=colour, alpha=0.6, capsize=3, lw=1)
+        best = row.artifact == winner
+        edge, width = (INK, 2.2) if best else (colour, 0.5)
+        axis.scatter(
+            *(row.latency_ms_p50, accuracy, 1200 * row.bytes / largest),
+            facecolors=colour,
+            alpha=0.55,
+            edgecolors=edge,
+            linewidths=width,
         )
-    axis.margins(0.25)
-    axis.set_xlabel("latency at batch 1, p50 [ms]")
+        axis.plot(row.latency_ms_p50, accuracy, "*" if best else ".", color=INK, ms=9 if best else 4)
+    latencies = [row.latency_ms_p50 for row in rows]
+    axis.set_xscale("log")
+    axis.set_xlim(min(latencies) / 1.5, max(latencies) * 1.5)
+    axis.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.margins(y=0.25)
+    axis.set_xlabel("latency at batch 1, median [ms]")
     axis.set_ylabel("test accuracy [%]")
-    axis.set_title(
-        "Size (area), latency and accuracy of each artifact; bars: 95 % of the difference to fp32", fontsize=9
-    )
+    axis.set_title("Artifacts: area = file size; bars: 95 % of the difference to fp32; ★ the winner", fontsize=9.5)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
+    texts = [
+        f"{'★ ' * (row.artifact == winner)}{row.artifact}: {100 * row.accuracy:.2f} %, "
+        f"{_short(row.latency_ms_p50)} ms, {row.bytes / 1e6:.3g} MB"
+        for row in rows
+    ]
+    _label_at_the_right(axis, [(row.latency_ms_p50, 100 * row.accuracy) for row in rows], texts)
     save(figure, path)
+
+
+def _label_at_the_right(axis: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
+    """Name the points beside the picture, no two labels on each other, each with a line to its point."""
+    low, high = axis.get_ylim()
+    gap = 0.8 / max(11, len(points))
+    heights: list[float] = []
+    order = sorted(range(len(points)), key=lambda i: points[i][1])
+    for i in order:
+        wanted = (points[i][1] - low) / (high - low)
+        heights.append(max(wanted, heights[-1] + gap if heights else 0.0))
+    beyond = max(0.0, heights[-1] - 1.0)
+    for i, height in zip(order, heights, strict=True):
+        axis.annotate(
+            *(texts[i], points[i], (1.03, height - beyond), "data", "axes fraction"),
+            fontsize=8.5,
+            va="center",
+            color=INK,
+            arrowprops={"arrowstyle": "-", "lw": 0.8, "relpos": (0, 0.5), "color": PALETTE[i % len(PALETTE)]},
+        )
+
+
+def _short(value: float) -> str:
+    return f"{value:.{3 if value < 0.1 else 2 if value < 10 else 1}f}"
 
 
 def lr_range(

@@ -225,9 +225,7 @@ def main() -> None:
     parsing = parser(str(__doc__).splitlines()[0])
     parsing.add_argument("--root", default=ROOT, help="folder of Fashion-MNIST's files")
     parsing.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    parsing.add_argument(
-        "--part", choices=("speed", "accuracy"), help="one of both; accuracy needs no quiet machine"
-    )
+    parsing.add_argument("--part", choices=("speed", "accuracy"), help="one of both; accuracy needs no quiet machine")
     args: argparse.Namespace = parsing.parse_args()
     torch.set_num_threads(args.threads)
     data, rows = read_data(args.root), []

@@ -21,8 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cvtrain import catalog
 
 COLUMNS = (
-    "artifact,file,runtime,accuracy,delta,delta_low,delta_high,agreement,max_logit_error,params,macs,bytes,"
-    "latency_ms_p50,latency_ms_p95"
+    "artifact,file,runtime,accuracy,delta,delta_low,delta_high,agreement,max_logit_error,ece,params,macs,bytes,"
+    "gzip_bytes,latency_ms_p50,latency_ms_p95,batch,latency_batch_ms_p50,latency_batch_ms_p95,memory_mb,sha256,exact,"
+    "note"
 )
 QUICK = ("epochs=2", "threads=1", "compression=none", "export=none")
 
@@ -68,6 +69,9 @@ def test_artifacts_csv_has_the_promised_columns_and_true_numbers(run, report):
     assert float(rows[0]["accuracy"]) == pytest.approx(report["metrics"]["test/acc"], abs=1e-6)
     assert float(rows[1]["max_logit_error"]) < 1e-4
     assert int(rows[3]["bytes"]) < 0.35 * int(rows[0]["bytes"])
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["winner"] in [row["artifact"] for row in rows]
+    assert metrics["artifacts"] == report["artifacts"]
 
 
 @pytest.mark.parametrize("name", ["export/model.onnx", "compressed/pruned_int8.onnx"])
@@ -85,6 +89,7 @@ def test_the_deployed_file_carries_what_is_needed_to_use_it(run):
     assert json.loads(metadata["class_names"]) == [str(i) for i in range(10)]
     assert json.loads(metadata["preprocess"])["img_size"] == 8
     assert json.loads(metadata["model"])["_target_"] == "cvtrain.model.SimpleCNN"
+    assert 0.1 < float(metadata["temperature"]) < 10
     beside = json.loads((run / "export" / "preprocess.json").read_text())
     assert beside["class_names"] == [str(i) for i in range(10)]
     inside = {entry.key: entry.value for entry in onnx.load(run / "export" / "model.onnx").metadata_props}

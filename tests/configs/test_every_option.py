@@ -30,7 +30,7 @@ NEEDS = {
     ("resizing", "progressive"): ["model=resnet18", "img_size=8", *PHASES],
     ("finetune", "progressive"): ["finetune.phases.head.epochs=1", "finetune.phases.late=null"],
 }
-REFUSED_ON_CPU = {("precision", "fp16")}
+REFUSED_ON_CPU = {("precision", "fp16"), ("export", "tensorrt")}
 # Other architectures behind the class of model=resnet18, and AlexNet with its 58 million parameters: tests/model takes
 # a training step with each and exports it; here each would be stepped twice and write checkpoints of up to a gigabyte.
 STEPPED_ELSEWHERE = {
@@ -45,7 +45,7 @@ STEPPED_ELSEWHERE = {
 
 def test_the_number_of_groups_and_options_is_known():
     assert len(GROUPS) == 18
-    assert len(OPTIONS) == 114
+    assert len(OPTIONS) == 121
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
