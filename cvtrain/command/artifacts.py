@@ -117,27 +117,34 @@ class Made:
         reference: The float model's.
         artifacts: The others, in the order of the table.
         failures: What went wrong with those that are missing.
-        retries: By artifact: makes its file again, in the other way that there is.
+        retries: By artifact: makes its file again in another way, and gives None where there is none.
     """
 
     index: Path
     reference: Artifact
     artifacts: list[Artifact] = field(default_factory=list)
     failures: list[CvtrainError] = field(default_factory=list)
-    retries: dict[str, Callable[[], Artifact]] = field(default_factory=dict)
+    retries: dict[str, Callable[[], Artifact | None]] = field(default_factory=dict)
 
     def add(self, artifact: Artifact) -> None:
-        """Put `artifact` in the place of the one of the same name, whose file it may have replaced, or at the end."""
+        """Put `artifact` in the place of the one of the same name, whose file it may have replaced, or at the end.
+
+        What was made of the one that it replaces leaves the table with it.
+        """
         places = {known.name: place for place, known in enumerate(self.artifacts)}
         if artifact.name not in places:
             self.artifacts.append(artifact)
             return
+        stale = [known.name for known in self.artifacts if known.name.startswith(f"{artifact.name}+")]
+        if stale:
+            log.info("artifacts: %s made of the earlier %s, no longer in the table", ", ".join(stale), artifact.name)
         self.artifacts[places[artifact.name]] = artifact
+        self.artifacts = [known for known in self.artifacts if known.name not in stale]
         if self.index.is_file():  # until the proof is done it must not name what has changed
             with self.index.open(newline="") as file:
                 header, *rows = csv.reader(file)
-            text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows([header, *(row for row in rows if row[0] != artifact.name)])
+            text, gone = io.StringIO(), (artifact.name, *stale)
+            csv.writer(text, lineterminator="\n").writerows([header, *(row for row in rows if row[0] not in gone)])
             write_atomic(self.index, text.getvalue())
 
 
@@ -271,31 +278,33 @@ def _export(exporters: Mapping[str, Exporter], subject: Subject, label: str, net
     stem = label.replace("+", "_") or "model"
     carried = subject.carried(network)
 
-    def written(exporter: Exporter) -> Artifact:
-        artifact = exporter.export(network, subject.example, folder, carried, stem)
+    given = network, subject.example, folder, carried, stem
+
+    def named(artifact: Artifact) -> Artifact:
         return dataclasses.replace(artifact, name=f"{label}+{artifact.name}", exact=False) if label else artifact
+
+    def again(exporter: Exporter) -> Artifact | None:
+        other = exporter.retry(*given)
+        return None if other is None else named(other)
 
     for option, exporter in exporters.items():
         log.info("export: %s%s", option, f" of {label}" * bool(label))
         folder.mkdir(exist_ok=True)
         write_preprocess(folder, subject.metadata)
         with _noted(made.failures, f"export={option}"):
-            artifact = written(exporter)
+            artifact = named(exporter.export(*given))
             if artifact.runtime == TORCH:  # the same weights again: one row, of the file that is meant to be given away
                 _give_away(made, label, artifact.path)
                 continue
             made.add(artifact)
-            other = exporter.fallback() if hasattr(exporter, "fallback") else None  # a user's own may have none
-            if other is not None:
-                made.retries[artifact.name] = partial(written, other)
+            if hasattr(exporter, "retry"):  # a user's own may have none
+                made.retries[artifact.name] = partial(again, exporter)
 
 
 def _give_away(made: Made, label: str, path: Path) -> None:
     if not label:
         made.reference = dataclasses.replace(made.reference, path=path)
-    for known in made.artifacts:
-        if known.name == label:
-            made.add(dataclasses.replace(known, path=path))
+    made.artifacts = [dataclasses.replace(a, path=path) if a.name == label else a for a in made.artifacts]
 
 
 def _write_details(done: Compressed, folder: Path) -> None:
@@ -320,10 +329,11 @@ def _proved(builder: Builder, subject: Subject, made: Made) -> list[ProofRow]:
     rows = {row.artifact: row for row in proof.rows}
     for artifact, error in proof.failures:
         with _noted(made.failures, artifact.name):
-            if artifact.name not in made.retries:
+            log.warning("%s", error)
+            other = made.retries.get(artifact.name, lambda: None)()
+            if other is None:
                 raise error
-            log.warning("%s; written once more, by the other exporter", error)
-            other = made.retries[artifact.name]()
+            log.info("%s: written once more, by another exporter", artifact.name)
             again = prove(made.reference, [other], subject.evaluation, start, run_folder=subject.folder)
             if again.failures:
                 raise again.failures[0][1]

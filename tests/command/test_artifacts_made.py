@@ -46,8 +46,8 @@ class Exporting:
         path = folder / f"{name}_{self.name}.onnx"
         return write_linear(path, weight, BIAS, {**METADATA, **metadata}, name=self.name)
 
-    def fallback(self):
-        return self.other
+    def retry(self, *given):
+        return None if self.other is None else self.other.export(*given)
 
 
 class Step:
@@ -115,9 +115,6 @@ def test_the_same_weights_to_be_given_away_are_no_row_of_their_own(tmp_path):
         def export(self, model, example, folder, metadata, name="model"):
             return Artifact("safetensors", folder / f"{name}.safetensors", TORCH, 0, 0)
 
-        def fallback(self):
-            return None
-
     made = Made(tmp_path / INDEX, reference(tmp_path))
     make(builder({"safetensors": Giving()}, {"prune": Step("pruned", smaller=True)}), subject(tmp_path), made)
     assert [artifact.name for artifact in made.artifacts] == ["pruned"]
@@ -158,6 +155,15 @@ def test_what_is_replaced_leaves_the_table_at_once(tmp_path):
     assert [row["artifact"] for row in csv.DictReader((tmp_path / INDEX).open())] == ["fp32"]
     made.add(dataclasses.replace(index[1], name="another"))
     assert [artifact.name for artifact in made.artifacts] == ["onnx", "another"]
+
+
+def test_what_was_made_of_a_replaced_artifact_leaves_the_table_with_it(tmp_path):
+    steps = {"prune": Step("pruned", smaller=True), "quantize": Step("int8")}
+    make_and_prove(builder({}, steps), subject(tmp_path), [reference(tmp_path)])
+    index = read_artifacts_csv(tmp_path / INDEX)
+    assert [artifact.name for artifact in index] == ["fp32", "pruned", "pruned+int8"]
+    proved = make_and_prove(builder({}, {"prune": steps["prune"]}), subject(tmp_path), index)
+    assert [row.artifact for row in proved.rows] == ["fp32", "pruned"]
 
 
 def test_a_file_of_fewer_channels_says_which_it_has_left(tmp_path):

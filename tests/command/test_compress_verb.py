@@ -1,37 +1,18 @@
 """`cvtrain compress` and `cvtrain export`: artifacts added to a finished run, all proved in one table."""
 
-import contextlib
 import csv
-import io
 import json
-import os
 import shutil
-import sys
 
 import onnx
 import pytest
-from conftest import Answer
+from command_line import run_cvtrain
 from real_formats import write_folder
 from safetensors import safe_open
 
 from cvtrain import runs
-from cvtrain.cli import main
 
 TINY = ("epochs=2", "limit_train_batches=8", "threads=1", "compression=none", "export=none", "logger=none", "json=true")
-
-
-def run_cvtrain(folder, *argv):
-    before, path, arguments = os.getcwd(), list(sys.path), sys.argv  # noqa: PTH109
-    out, err = io.StringIO(), io.StringIO()
-    sys.argv = ["cvtrain", *argv]
-    os.chdir(folder)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as left:
-            main()
-    finally:
-        os.chdir(before)
-        sys.argv, sys.path[:] = arguments, path
-    return Answer(int(left.value.code), out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")

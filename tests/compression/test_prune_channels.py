@@ -1,6 +1,7 @@
 """Which channels hang together: removing some must do to the logits what silencing them does."""
 
 import copy
+import dataclasses
 import functools
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from cvtrain.compression import channels
-from cvtrain.compression.channels import channel_groups, check_removal, in_blocks, remove_channels
+from cvtrain.compression.channels import Cut, channel_groups, check_removal, in_blocks, remove_channels
 from cvtrain.errors import ConfigError
 from cvtrain.model import LeNet5, MobileNetV1, SimpleCNN, torchvision_model
 from cvtrain.model.head import put_mlp_head
@@ -190,6 +191,14 @@ def test_an_analysis_that_does_not_end_is_given_up(monkeypatch):
     monkeypatch.setattr(channels, "PATIENCE_S", 0.001)
     with pytest.raises(ConfigError, match="did not end within"):
         channel_groups(LeNet5(5, 1, 28).eval(), torch.zeros(1, 1, 28, 28))
+
+
+def test_an_analysis_that_is_wrong_about_a_layers_size_is_found_out():
+    model, example = LeNet5(5, 1, 28).eval(), torch.zeros(1, 1, 28, 28)
+    wrong = Cut("features.0.weight", 0, torch.arange(120) + 100, torch.arange(120))
+    groups = [dataclasses.replace(group, cuts=(*group.cuts, wrong)) for group in channel_groups(model, example)]
+    with pytest.raises(ConfigError, match="with fewer channels it does not run"):
+        check_removal(model, groups, 2, example)
 
 
 def test_a_model_of_one_layer_has_nothing_to_lose():
