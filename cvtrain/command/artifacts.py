@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -29,9 +30,11 @@ from cvtrain.core.channel_plan import plan_of
 from cvtrain.core.complexity import count_macs, count_params
 from cvtrain.core.files import write_atomic
 from cvtrain.core.types import DataSets
+from cvtrain.engine.memory import out_of_memory
 from cvtrain.engine.run import TrainRun
-from cvtrain.errors import CvtrainError, Interrupted, StorageError
+from cvtrain.errors import CvtrainError, Interrupted, OutOfMemoryError, StorageError
 from cvtrain.evaluation import EvaluationSet, ProofRow, prove, write_artifacts_csv
+from cvtrain.evaluation.table import weigh
 from cvtrain.evaluation.verdict import Limits, Verdict, check_gate, judge, remarks
 from cvtrain.export import Exporter, export_onnx, write_preprocess
 from cvtrain.report import compression as pictures
@@ -40,7 +43,7 @@ from cvtrain.report.console import artifacts_table
 
 log = logging.getLogger("cvtrain")
 
-INDEX = "artifacts.csv"
+INDEX, REFERENCE = "artifacts.csv", "fp32"
 
 
 class Training(Protocol):
@@ -76,6 +79,7 @@ class Subject:
         evaluation: The pictures to judge on.
         pictures: What they are, for the table: "359 test pictures".
         network: What is exported first in place of `model`, and its label: `("pruned", the pruned network)`.
+        check_stop: Raises Interrupted when a signal has asked to stop.
     """
 
     model: nn.Module
@@ -86,6 +90,7 @@ class Subject:
     evaluation: EvaluationSet
     pictures: str
     network: tuple[str, nn.Module] | None = None
+    check_stop: Callable[[], None] = lambda: None
 
     def carried(self, network: nn.Module, given: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return what the file of a network made of `model` carries: `given`, and which channels it has lost."""
@@ -127,24 +132,41 @@ class Made:
     retries: dict[str, Callable[[], Artifact | None]] = field(default_factory=dict)
 
     def add(self, artifact: Artifact) -> None:
-        """Put `artifact` in the place of the one of the same name, whose file it may have replaced, or at the end.
-
-        What was made of the one that it replaces leaves the table with it.
-        """
-        places = {known.name: place for place, known in enumerate(self.artifacts)}
-        if artifact.name not in places:
+        """Put `artifact` at the end, or in the place of the one of the same name."""
+        names = [known.name for known in self.artifacts]
+        if artifact.name in names:
+            self._forget([artifact.name])
+            self.artifacts.insert(names.index(artifact.name), artifact)
+        else:
             self.artifacts.append(artifact)
-            return
-        stale = [known.name for known in self.artifacts if known.name.startswith(f"{artifact.name}+")]
+
+    def withdraw(self, name: str) -> list[tuple[Artifact, str]]:
+        """Take `name`, its stages and what was made of them out of the table, as their files are about to be written.
+
+        Returns:
+            What was taken out, each with the SHA-256 of its file.
+        """
+        kin = re.compile(rf"{re.escape(name)}[\d.]*(\+.*)?")
+        gone = [known for known in self.artifacts if kin.fullmatch(known.name)]
+        stale = [known.name for known in gone if known.name != name]
         if stale:
-            log.info("artifacts: %s made of the earlier %s, no longer in the table", ", ".join(stale), artifact.name)
-        self.artifacts[places[artifact.name]] = artifact
-        self.artifacts = [known for known in self.artifacts if known.name not in stale]
-        if self.index.is_file():  # until the proof is done it must not name what has changed
+            log.info("artifacts: %s belong to the earlier %s and leave the table", ", ".join(stale), name)
+        self._forget([known.name for known in gone])
+        return [(known, weigh(known.path).sha256) for known in gone if known.path.is_file()]
+
+    def restore(self, withdrawn: Sequence[tuple[Artifact, str]]) -> None:
+        """Put back what was withdrawn and whose file is still the same."""
+        self.artifacts += [
+            known for known, digest in withdrawn if known.path.is_file() and weigh(known.path).sha256 == digest
+        ]
+
+    def _forget(self, names: Sequence[str]) -> None:
+        self.artifacts = [known for known in self.artifacts if known.name not in names]
+        if names and self.index.is_file():  # until the proof is done it must not name what may change
             with self.index.open(newline="") as file:
                 header, *rows = csv.reader(file)
-            text, gone = io.StringIO(), (artifact.name, *stale)
-            csv.writer(text, lineterminator="\n").writerows([header, *(row for row in rows if row[0] not in gone)])
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows([header, *(row for row in rows if row[0] not in names)])
             write_atomic(self.index, text.getvalue())
 
 
@@ -216,14 +238,21 @@ def subject_of(builder: Builder, run: TrainRun, sets: DataSets, folder: Path, me
         training=Recipe(builder, run, sets.class_names),
         evaluation=EvaluationSet(labelled, sets.class_names, run.task.decide),
         pictures=f"{seen:,} test pictures",
+        check_stop=run.stop.check_here,
     )
+
+
+def forget_artifacts(folder: Path) -> None:
+    """Remove the table of a run folder and its picture, before the model that they are about is written anew."""
+    for name in (INDEX, "artifacts.png"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def reference_of(subject: Subject) -> Artifact:
     """Return the float model's own file as an artifact."""
     model = subject.model
     path = subject.folder / "weights" / "model.safetensors"
-    return Artifact("fp32", path, TORCH, count_params(model), count_macs(model, subject.example))
+    return Artifact(REFERENCE, path, TORCH, count_params(model), count_macs(model, subject.example))
 
 
 def make_and_prove(builder: Builder, subject: Subject, index: Sequence[Artifact] = ()) -> Proved:
@@ -263,11 +292,14 @@ def make(builder: Builder, subject: Subject, made: Made) -> None:
     log.info("compression: %s", ", then ".join(steps))
     chain = Chain(subject.model, subject.context())
     for option, step in steps.items():
-        with _noted(made.failures, f"compression={option}"):
+        before = made.withdraw(chain.name_of(step))
+        with _noted(subject, made.failures, f"compression={option}"):
             done = chain.apply(step)
+            before = []
             for artifact in done.artifacts:
                 made.add(artifact)
             _write_details(done, subject.folder / "compressed")
+        made.restore(before)
     if chain.smaller is not None:
         _export(exporters, subject, *chain.smaller, made)
 
@@ -291,7 +323,7 @@ def _export(exporters: Mapping[str, Exporter], subject: Subject, label: str, net
         log.info("export: %s%s", option, f" of {label}" * bool(label))
         folder.mkdir(exist_ok=True)
         write_preprocess(folder, subject.metadata)
-        with _noted(made.failures, f"export={option}"):
+        with _noted(subject, made.failures, f"export={option}"):
             artifact = named(exporter.export(*given))
             if artifact.runtime == TORCH:  # the same weights again: one row, of the file that is meant to be given away
                 _give_away(made, label, artifact.path)
@@ -326,9 +358,10 @@ def _proved(builder: Builder, subject: Subject, made: Made) -> list[ProofRow]:
     isolate = bool(made.artifacts or config["export"] or config["compression"])
     start = (worker.isolated if isolate else worker.in_process)(threads, builder.trusted)
     proof = prove(made.reference, made.artifacts, subject.evaluation, start, run_folder=subject.folder)
+    subject.check_stop()
     rows = {row.artifact: row for row in proof.rows}
     for artifact, error in proof.failures:
-        with _noted(made.failures, artifact.name):
+        with _noted(subject, made.failures, artifact.name):
             log.warning("%s", error)
             other = made.retries.get(artifact.name, lambda: None)()
             if other is None:
@@ -344,12 +377,21 @@ def _proved(builder: Builder, subject: Subject, made: Made) -> list[ProofRow]:
 
 
 @contextmanager
-def _noted(failures: list[CvtrainError], what: str) -> Iterator[None]:
+def _noted(subject: Subject, failures: list[CvtrainError], what: str) -> Iterator[None]:
     """Let the other artifacts be made when one fails; a request to stop and a full disk end the run at once."""
+    failed: CvtrainError | None = None
     try:
         yield
     except (Interrupted, StorageError):
         raise
     except CvtrainError as error:
-        log.warning("%s failed: %s", what, error)
-        failures.append(error)
+        failed = error
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        failed = OutOfMemoryError(f"{what}: memory ran out.\nLower batch_size, or leave it out.")
+        lay_out(subject.model, torch.device("cpu"), channels_last=False)
+    subject.check_stop()  # libraries take the exception of a signal for a failure of their own
+    if failed is not None:
+        log.warning("%s failed: %s", what, failed)
+        failures.append(failed)

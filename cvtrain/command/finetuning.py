@@ -70,13 +70,14 @@ class Recipe:
         run, builder = self._run, self._builder
         lay_out(model, run.device, run.options.channels_last)
         strategy = strategy_for(model, run.finetune)
+        strategy.apply(model, 0)  # the optimizer holds what trains, which may have been frozen until now
         averaging = builder.build("averaging")
         averaging.begin(model)
         distillation = self._distillation(teacher)
         options = dataclasses.replace(
             run.options,
             epochs=epochs,
-            seed=run.options.seed + self._finetuned,  # other augmentations than in the epochs before
+            seed=run.options.seed + self._finetuned,  # other augmentations than in the epochs before, but for crops
             base_lr=run.clock(run.options.epochs * run.steps_per_epoch - 1)[0] * FINETUNE_LR,
             save_every_steps=None,
             max_seconds=None,

@@ -16,7 +16,7 @@ from cvtrain import runs
 from cvtrain.audit import audit
 from cvtrain.build import Builder
 from cvtrain.command import deployed
-from cvtrain.command.artifacts import INDEX, Proved, Subject, make_and_prove, reference_of, subject_of
+from cvtrain.command.artifacts import INDEX, REFERENCE, Proved, Subject, make_and_prove, reference_of, subject_of
 from cvtrain.command.provenance import fingerprint
 from cvtrain.command.train import build_run
 from cvtrain.core import weights
@@ -36,6 +36,8 @@ PLAIN = {
     "distillation": {"_target_": "cvtrain.distillation.NoDistillation"},
 }
 """Parts in place of the run's where nothing is trained: their own may take time, or a teacher's file."""
+LIMITS: dict[str, dict[str, float | None]] = {"budget": {"max_drop": 0.01}, "gate": {}}
+"""Of runs that were made before there were any, and of files without a run."""
 
 
 def extend(config: dict[str, Any], trusted: list[str], network: Path | None = None) -> int:
@@ -121,12 +123,26 @@ def refuse_unfinished(folder: Path) -> None:
 
 
 def indexed(folder: Path) -> list[Artifact]:
-    """Return the artifacts of a run, the reference first; none where artifacts.csv is not there.
+    """Return the artifacts of a run, the float model first; none without an artifacts.csv, or with an older cvtrain's.
 
     Raises:
         WeightsError: A file is missing or damaged.
     """
-    return read_artifacts_csv(folder / INDEX) if (folder / INDEX).is_file() else []
+    path = folder / INDEX
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        header = file.readline().strip().split(",")
+    if "artifact" in header and "sha256" not in header:
+        log.warning("%s was written by an older cvtrain; what it names is not proved again", path)
+        return []
+    found = read_artifacts_csv(path)
+    if found[0].name != REFERENCE:
+        raise WeightsError(
+            f"{path} does not begin with {REFERENCE!r}, which everything is compared with.\n"
+            "Delete the table, then make its files again."
+        )
+    return found
 
 
 def taken_up(config: dict[str, Any], trusted: list[str], folder: Path, stop: StopRequest) -> tuple[Builder, Subject]:
@@ -149,7 +165,7 @@ def taken_up(config: dict[str, Any], trusted: list[str], folder: Path, stop: Sto
     given |= {"compression": config.get("compression", {}), "export": config["export"]}
     for group in ("budget", "gate"):
         stated = {key: value for key, value in config[group].items() if value is not None}
-        given[group] = {**config[group], **given.get(group, {}), **stated}
+        given[group] = {**config[group], **given.get(group, LIMITS[group]), **stated}
     given |= {} if trains else PLAIN
     audit(given, trusted)
     validate(given, trusted)

@@ -17,7 +17,7 @@ from cvtrain import runs
 from cvtrain.averaging import NoAveraging
 from cvtrain.build import Builder, lay_out
 from cvtrain.command import continuation, debugging, processes
-from cvtrain.command.artifacts import make_and_prove, subject_of
+from cvtrain.command.artifacts import forget_artifacts, make_and_prove, subject_of
 from cvtrain.command.provenance import deployment_metadata, environment, fingerprint, write_manifest
 from cvtrain.command.results import Evaluation, write_csv, write_results
 from cvtrain.command.teacher import load_teacher, refuse_another_teacher
@@ -343,6 +343,7 @@ def conclude(builder: Builder, run: TrainRun, sets: DataSets, folder: Path, cons
     model = run.model.eval()
     metadata["temperature"] = f"{_temperature(run, sets):.6g}"
     if distributed.main():
+        forget_artifacts(folder)
         weights.save_weights(model, folder / "weights" / "model.safetensors", metadata)
         run.checkpoints.record("model.safetensors")
     metrics, logits = evaluate_model(run, model, "test", full_precision=True)

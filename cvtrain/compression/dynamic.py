@@ -51,7 +51,7 @@ class PtqDynamic:
             CvtrainError: The model has no linear layer, or ONNX Runtime cannot quantize it or run what it wrote.
         """
         path = context.folder / artifact_file(name, ".onnx")
-        with tempfile.TemporaryDirectory(dir=context.folder, prefix=".int8d-") as temporary:
+        with tempfile.TemporaryDirectory(dir=context.folder, prefix=".int8d.tmp-") as temporary:
             work = Path(temporary).resolve()
             context.export_onnx(model, work / "float.onnx")
             with in_words(_WHERE):

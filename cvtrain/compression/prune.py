@@ -95,6 +95,7 @@ class PruneUnstructured:
             shrink=lambda current, sparsity: self._shrink(current, sparsity, context),
             describe=_note,
             effective_params=lambda pruned: count_params(pruned) - _zeros(pruned),
+            removed=_sparsity,
         )
         return Compressed(artifacts, last, tradeoff=points, layers=tuple(_layer_rows(last)))
 
@@ -176,8 +177,10 @@ def _zeros(model: nn.Module) -> int:
     return sum(int(row["zeros"]) for row in _layer_rows(model))
 
 
+def _sparsity(model: nn.Module) -> float:
+    return _zeros(model) / sum(int(row["weights"]) for row in _layer_rows(model))
+
+
 def _note(model: nn.Module) -> str:
-    share = _zeros(model) / sum(int(row["weights"]) for row in _layer_rows(model))
-    return (
-        f"{100 * share:.1f} % of the weights are zero; same size and speed: unstructured zeros save nothing at run time"
-    )
+    zeros = f"{100 * _sparsity(model):.1f} % of the weights are zero"
+    return f"{zeros}; same size and speed: unstructured zeros save nothing at run time"

@@ -66,7 +66,7 @@ class PtqStatic:
             CvtrainError: ONNX Runtime cannot quantize the model, or cannot run what it wrote.
         """
         path = context.folder / artifact_file(name, ".onnx")
-        with tempfile.TemporaryDirectory(dir=context.folder, prefix=".int8-") as temporary:
+        with tempfile.TemporaryDirectory(dir=context.folder, prefix=".int8.tmp-") as temporary:
             # Absolute, because a part of the work runs in another current directory.
             work = Path(temporary).resolve()
             quantizer = StaticQuantizer(self.settings, model, context, work)

@@ -72,7 +72,7 @@ class Qat:
         """
         trained = self.train(model, context)
         path = context.folder / artifact_file(name, ".onnx")
-        with tempfile.TemporaryDirectory(dir=context.folder, prefix=".qat-") as temporary:
+        with tempfile.TemporaryDirectory(dir=context.folder, prefix=".qat.tmp-") as temporary:
             work = Path(temporary).resolve()
             quantizer = StaticQuantizer(self.settings, trained, context, work)
             quantizer.quantize(work / "int8.onnx")

@@ -46,6 +46,7 @@ def run_stages(
     shrink: Shrink,
     describe: Callable[[nn.Module], str],
     effective_params: Callable[[nn.Module], int],
+    removed: Callable[[nn.Module], float],
 ) -> tuple[nn.Module, tuple[Artifact, ...], tuple[TradeOff, ...]]:
     """Prune in one stage or several, and save the model behind each.
 
@@ -57,6 +58,7 @@ def run_stages(
         shrink: Does one of them.
         describe: Returns the note of a stage's artifact.
         effective_params: Counts the parameters that a stage has left.
+        removed: Returns the share that is really gone.
 
     Returns:
         The last stage's model; one artifact a stage; and where there are several, the trade-off curve.
@@ -65,12 +67,13 @@ def run_stages(
     artifacts: list[Artifact] = []
     points: list[TradeOff] = []
 
-    def point(amount: float, network: nn.Module, artifact: str) -> None:
+    def point(network: nn.Module, artifact: str) -> None:
         if several:
             macs = count_macs(network, context.example)
-            points.append(TradeOff(amount, effective_params(network), macs, context.evaluate(network), artifact))
+            accuracy = context.evaluate(network)
+            points.append(TradeOff(removed(network), effective_params(network), macs, accuracy, artifact))
 
-    point(0.0, model, "")
+    point(model, "")
     current = model
     for amount in amounts:
         current = shrink(current, amount)
@@ -88,5 +91,5 @@ def run_stages(
                 note=describe(current),
             )
         )
-        point(amount, current, stage)
+        point(current, stage)
     return current, tuple(artifacts), tuple(points)

@@ -32,13 +32,17 @@ class Chain:
         """Name and network of the last step that made another network, worth an export of its own."""
         self._context = context
 
+    def name_of(self, step: CompressionStep) -> str:
+        """Return what the artifact of `step` will be called."""
+        return f"{self.name}+{step.label}" if self.name else step.label
+
     def apply(self, step: CompressionStep) -> Compressed:
         """Apply `step` and return what it gave; its artifact is called `pruned`, behind a pruning `pruned+int8`.
 
         Raises:
             CvtrainError: What the step raises.
         """
-        name = f"{self.name}+{step.label}" if self.name else step.label
+        name = self.name_of(step)
         done = step.apply(self.model, name, self._context)
         if done.model is not None:
             self.model, self.name = done.model, name

@@ -104,8 +104,13 @@ class PruneStructured:
             raise ConfigError(
                 f"{WHERE}.importance=bn_scale: {type(model).__name__} has no batch norm; use importance=magnitude"
             )
+        chooser = self._chooser(groups, channel_scores(copied, groups, "random", self.seed), _sizes(groups))
+        if self._target == "pruning_ratio" and not any(len(gone) for gone in chooser.doomed(self._amounts[0])):
+            raise ConfigError(
+                f"{WHERE}: taking {self._amounts[0]:g} of the channels takes none where each layer keeps a multiple of "
+                f"round_to={self.round_to}.\nLower round_to, or take more."
+            )
         if self._target in ("target_macs", "target_params"):
-            chooser = self._chooser(groups, channel_scores(copied, groups, "random", self.seed), _sizes(groups))
             least = self._share_left(copied, chooser, images)(1.0)
             if least > self._amounts[0]:
                 raise self._unreachable(least)
@@ -148,6 +153,7 @@ class PruneStructured:
             shrink=shrink,
             describe=describe,
             effective_params=count_params,
+            removed=lambda pruned: 1 - sum(_channels(pruned, layer) for layer in dense) / sum(dense.values()),
         )
         return Compressed(artifacts, last, smaller=True, tradeoff=points, layers=tuple(_layer_rows(model, last)))
 
@@ -193,6 +199,11 @@ class PruneStructured:
 
 def _sizes(groups: Sequence[ChannelGroup]) -> dict[str, int]:
     return {group.layer: group.channels for group in groups}
+
+
+def _channels(model: nn.Module, layer: str) -> int:
+    weight: Tensor = model.get_submodule(layer).weight  # type: ignore[assignment]
+    return weight.shape[0]
 
 
 def _layer_rows(dense: nn.Module, pruned: nn.Module) -> Iterator[dict[str, Any]]:

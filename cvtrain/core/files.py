@@ -76,8 +76,11 @@ def write_atomic(path: Path, content: str | bytes | Iterable[bytes | memoryview]
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files that a killed process left in `folder` and below."""
-    for path in folder.rglob(".*.tmp-*"):
+    """Remove the temporary files and folders that a killed process left in `folder` and below."""
+    for path in list(folder.rglob(".*.tmp-*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+            continue
         with contextlib.suppress(OSError):
             path.unlink()
 

@@ -64,6 +64,14 @@ class StopRequest:
         Raises:
             Interrupted: With exit code 130 or 143.
         """
+        self.check_here()
+
+    def check_here(self) -> None:
+        """Leave when a signal has reached this process, whatever others have heard.
+
+        Raises:
+            Interrupted: With exit code 130 or 143.
+        """
         if self._signal is not None:
             raise interrupted(self._signal, "the checkpoint is written")
 

@@ -158,7 +158,8 @@ def read_artifacts_csv(path: Path) -> list[Artifact]:
             "cvtrain.\nRun the training again."
         ) from error
     for artifact, digest in entries:
-        fix = f"Bring it back, or take the line of {artifact.name!r} out of {path}."
+        lost = "delete the table" if artifact is entries[0][0] else f"take the line of {artifact.name!r} out of {path}"
+        fix = f"Bring it back, or {lost}."
         if not artifact.path.is_file():
             raise WeightsError(f"{artifact.path} is missing, which {path} names.\n{fix}")
         now = weigh(artifact.path).sha256

@@ -27,7 +27,7 @@ def writing(path: Path) -> Iterator[Path]:
         StorageError: The disk is full or read-only.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as temporary:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.tmp-") as temporary:
             # The final name, because a file with outside data stores the name of its data.
             work = Path(temporary) / path.name
             yield work

@@ -19,7 +19,7 @@ from cvtrain.command.artifacts import INDEX, Made, Subject, make, make_and_prove
 from cvtrain.command.untrained import Untrained
 from cvtrain.core.artifact import ONNXRUNTIME, TORCH, Artifact, Compressed
 from cvtrain.core.types import Preprocess
-from cvtrain.errors import CvtrainError, GateError, StorageError
+from cvtrain.errors import CvtrainError, GateError, Interrupted, StorageError
 from cvtrain.evaluation import EvaluationSet, ProofRow, read_artifacts_csv
 from cvtrain.report import plots
 from cvtrain.report.console import artifacts_table, latency_table
@@ -94,6 +94,25 @@ def test_one_that_fails_does_not_lose_the_others(tmp_path):
     assert (tmp_path / "compressed" / "int8_layers.csv").read_text().startswith("layer,kind\n")
 
 
+def test_one_that_runs_out_of_memory_does_not_lose_the_others(tmp_path):
+    steps = {"large": Step("large", fails=torch.OutOfMemoryError("CUDA out of memory")), "quantize": Step("int8")}
+    made = Made(tmp_path / INDEX, reference(tmp_path))
+    make(builder({}, steps), subject(tmp_path), made)
+    assert [artifact.name for artifact in made.artifacts] == ["int8"]
+    assert [error.exit_code for error in made.failures] == [7]
+
+
+def test_a_request_to_stop_that_a_library_swallowed_ends_it_all(tmp_path):
+    def stop():
+        raise Interrupted("stopped", 143)
+
+    exporters = {"bad": Exporting("bad", fails=CvtrainError("cannot, it says")), "good": Exporting("good")}
+    made = Made(tmp_path / INDEX, reference(tmp_path))
+    with pytest.raises(Interrupted):
+        make(builder(exporters), dataclasses.replace(subject(tmp_path), check_stop=stop), made)
+    assert not made.artifacts
+
+
 def test_a_full_disk_ends_it_all(tmp_path):
     exporters = {"bad": Exporting("bad", fails=StorageError("full")), "good": Exporting("good")}
     with pytest.raises(StorageError):
@@ -155,6 +174,28 @@ def test_what_is_replaced_leaves_the_table_at_once(tmp_path):
     assert [row["artifact"] for row in csv.DictReader((tmp_path / INDEX).open())] == ["fp32"]
     made.add(dataclasses.replace(index[1], name="another"))
     assert [artifact.name for artifact in made.artifacts] == ["onnx", "another"]
+
+
+def test_a_step_that_fails_leaves_only_what_it_has_not_touched(tmp_path):
+    class Breaking(Step):
+        """Writes its first stage and fails at the second."""
+
+        def apply(self, model, name, context):
+            write_linear(context.folder / "pruned10.onnx", 3 * WEIGHT, BIAS, METADATA, name="pruned10", exact=False)
+            raise CvtrainError("diverged")
+
+    class Staged(Step):
+        def apply(self, model, name, context):
+            done = super().apply(model, name, context)
+            first = write_linear(context.folder / "pruned10.onnx", WEIGHT, BIAS, METADATA, name="pruned10", exact=False)
+            return dataclasses.replace(done, artifacts=(first, *done.artifacts))
+
+    make_and_prove(builder({}, {"prune": Staged("pruned", smaller=True)}), subject(tmp_path), [reference(tmp_path)])
+    index = read_artifacts_csv(tmp_path / INDEX)
+    assert [artifact.name for artifact in index] == ["fp32", "pruned10", "pruned"]
+    proved = make_and_prove(builder({}, {"prune": Breaking("pruned")}), subject(tmp_path), index)
+    assert [row.artifact for row in proved.rows] == ["fp32", "pruned"]
+    assert [str(error) for error in proved.failures] == ["diverged"]
 
 
 def test_what_was_made_of_a_replaced_artifact_leaves_the_table_with_it(tmp_path):

@@ -100,6 +100,12 @@ def test_a_budget_that_no_network_of_such_layers_meets_is_refused_before_trainin
         assert "round_to=8" in str(caught.value)
 
 
+def test_so_small_a_share_that_rounding_takes_nothing_is_refused_before_training(context):
+    with pytest.raises(ConfigError, match="Lower round_to"):
+        PruneStructured(iterative_steps=[0.01, 0.5], round_to=8).check(make(), context.example)
+    PruneStructured(pruning_ratio=0.5, round_to=8).check(make(), context.example)
+
+
 def test_the_dry_run_changes_nothing_and_passes_what_fits():
     model = make().train()
     before = copy.deepcopy(model.state_dict())
@@ -211,7 +217,7 @@ def test_stages_prune_further_each_time_and_give_a_file_and_a_point_each(context
         *("pruned.safetensors", "pruned25.safetensors", "pruned50.safetensors"),
     ]
     assert tuned == [(24, 2), (16, 2), (8, 2)]
-    assert [point.amount for point in result.tradeoff] == [0.0, 0.25, 0.5, 0.75]
+    assert [point.amount for point in result.tradeoff] == pytest.approx([0.0, 0.25, 0.5, 0.75])
     assert [point.artifact for point in result.tradeoff] == ["", "pruned25", "pruned50", "pruned"]
     assert [point.accuracy for point in result.tradeoff] == [p.params / count_params(model) for p in result.tradeoff]
     assert result.tradeoff[0].macs == count_macs(model, EXAMPLE)

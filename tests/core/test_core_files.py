@@ -132,12 +132,15 @@ def test_what_a_killed_process_left_is_swept_at_every_depth_and_nothing_else(tmp
     (tmp_path / "weights").mkdir()
     for name in (".status.json.tmp-7", "weights/.last.safetensors.tmp-123"):
         (tmp_path / name).write_bytes(b"torn")
+    (tmp_path / "weights" / ".int8.tmp-x").mkdir()
+    (tmp_path / "weights" / ".int8.tmp-x" / "float.onnx").write_bytes(b"torn")
     for name in ("notes.tmp-1", ".hidden", "weights/last.safetensors"):
         (tmp_path / name).write_bytes(b"kept")
     sweep(tmp_path)
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
         ".hidden", "notes.tmp-1", "weights/last.safetensors",
     ]  # fmt: skip
+    assert not (tmp_path / "weights" / ".int8.tmp-x").exists()
 
 
 @pytest.mark.parametrize(("number", "full"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False)])
