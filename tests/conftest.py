@@ -8,12 +8,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+import absl.logging
 import pytest
 from command_line import run_cvtrain
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which a run ignores it, may have started the tests
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cvtrain-tests-")  # what a run remembers is not the user's
+# TensorBoard's logging closes the stream that it began with, which is pytest's, when Hydra sets up logging in a test
+# that has put another in the place of standard error.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 

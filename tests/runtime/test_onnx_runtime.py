@@ -1,4 +1,7 @@
 import gc
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -51,3 +54,16 @@ def test_a_clock_leaves_the_first_call_out_and_the_garbage_collector_alone():
     assert len(clocked(lambda: collecting.append(gc.isenabled()), 4)) == 4
     assert collecting == [False] * 5
     assert gc.isenabled()
+
+
+def test_onnx_runtime_keeps_no_identifier_of_the_machine(tmp_path):
+    artifact = write_linear(tmp_path / "a.onnx", WEIGHT, BIAS, described("abc", PREP))
+    home = tmp_path / "home"
+    home.mkdir()
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("ORT_", "PYTEST", "CI"))}
+    load = f"runtime.load('onnxruntime', Path({str(artifact.path)!r}), 1)"
+    code = f"from pathlib import Path; from cvtrain import runtime; {load}"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**kept, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+    )
+    assert not list(home.rglob("*"))
