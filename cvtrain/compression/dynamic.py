@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ class PtqDynamic:
 def _as_products(source: Path, target: Path) -> None:
     """Write linear layers as products with stored weights, the only form that the quantizer takes.
 
-    The exporter leaves the large weights of attention's projections behind Transpose nodes.
+    The exporter leaves the large weights of attention's projections behind Transpose nodes, and those of other layers
+    for Gemm to turn around; turned here they keep their names, which ONNX Runtime's own way does not from 1.32 on.
     """
     import onnx
     from onnx import numpy_helper
@@ -99,11 +101,18 @@ def _as_products(source: Path, target: Path) -> None:
     model = onnx.load(source)
     graph = model.graph
     constants = {entry.name: entry for entry in graph.initializer}
+    uses = Counter(name for node in graph.node for name in node.input)
     for node in [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in constants]:
         order = next((list(entry.ints) for entry in node.attribute if entry.name == "perm"), None)
         turned = numpy_helper.to_array(constants[node.input[0]]).transpose(order)
         graph.initializer.append(numpy_helper.from_array(turned.copy(), node.output[0]))
         graph.node.remove(node)
+    for node in graph.node:
+        turn = next((entry for entry in node.attribute if entry.name == "transB" and entry.i), None)
+        if node.op_type == "Gemm" and turn is not None and uses[node.input[1]] == 1 and node.input[1] in constants:
+            stored = constants[node.input[1]]
+            stored.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(stored).T.copy(), stored.name))
+            turn.i = 0
     plain = ONNXModel(model)
     plain.replace_gemm_with_matmul()
     del graph.value_info[:]  # the exporter notes the shapes of stored weights too, which are others now
