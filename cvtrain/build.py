@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cvtrain.catalog import shipped_targets
 from cvtrain.core import distributed
+from cvtrain.core.compiler import spare
 from cvtrain.core.stages import find_stages
 from cvtrain.core.types import CropChooser, DataSets, Preprocess
 from cvtrain.data.base import EncodedDataSet
@@ -241,13 +242,10 @@ class Builder:
                 f"layer_decay={decay} does nothing with finetune._target_={node['_target_']}, which sets the rates "
                 "itself; leave one of them out."
             )
-        try:
-            stages = find_stages(model, sets.preprocess.shape, self.config["stages"])
-        except ConfigError:
-            asked = decay is not None or isinstance(node.get("lr_scale"), dict) or self.config["stages"] is not None
-            if target is not Full or asked:
-                raise
-            stages = []  # all parameters train alike, whatever they are part of
+        asked = decay is not None or isinstance(node.get("lr_scale"), dict) or self.config["stages"] is not None
+        # Otherwise all parameters train alike, whatever they are part of.
+        divided = target is not Full or asked
+        stages = find_stages(model, sets.preprocess.shape, self.config["stages"]) if divided else []
         fixed = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         runtime = {"stages": stages, "fixed": fixed, "layer_decay": decay, "epochs": self.config["epochs"]}
         make = self.build("finetune", {**node, "_partial_": True})  # Hydra would make plain dictionaries of stages
@@ -269,6 +267,7 @@ class Builder:
         target = resolve(node["_target_"], self.trusted)
         kwargs = {key: value for key, value in node.items() if key not in CONTROL_KEYS}
         self._accepted("optimizer", target, kwargs, {})
+        spare(torch.optim.Optimizer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:

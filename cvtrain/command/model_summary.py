@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cvtrain.command.results import write_csv
 from cvtrain.compose import Composer
 from cvtrain.core.files import to_json_line
 from cvtrain.core.recompute import checkpoint_activations
+from cvtrain.core.stages import find_stages
 from cvtrain.core.types import DataSets, Preprocess
 from cvtrain.data import ArraySource
 from cvtrain.errors import EXIT_OK, ConfigError
@@ -121,8 +123,8 @@ def _inspect(name: str, builder: Builder) -> Inspected:
     if config["activation_checkpointing"]:
         checkpoint_activations(model, shape, config["stages"])
     layers = trace(model, shape)
-    if finetune.stages:
-        layers = in_stages(layers, finetune.stages)
+    with suppress(ConfigError):  # a network that cannot be divided
+        layers = in_stages(layers, finetune.stages or find_stages(model, shape, config["stages"]))
     variant = config["model"].get("name")
     title = f"{name} {variant}" if variant not in (None, name) else name
     return Inspected(model, sets.num_classes, Summary(title, shape, layers, _memory(builder, model, finetune, shape)))

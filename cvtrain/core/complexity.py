@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils import flop_counter
 
+from cvtrain.core.compiler import spare
 from cvtrain.core.modes import evaluating
 
 
@@ -28,7 +29,8 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
         Half of what `torch.utils.flop_counter` counts, because it counts a multiply-accumulate as two operations.
     """
     first = next(model.parameters(), example)
-    with counting(model), FlopCounterMode(display=False) as counter:
+    with counting(model), flop_counter.FlopCounterMode(display=False) as counter:
+        spare(type(counter.mode))
         model(example[:1].to(device=first.device, dtype=first.dtype))
     return int(counter.get_total_flops()) // 2
 
