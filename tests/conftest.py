@@ -21,6 +21,13 @@ absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Run files with slow tests first: one that came last would keep one process busy and leave the other idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def cvtrain(tmp_path, monkeypatch):
     """Run `cvtrain ARGV` in an empty folder; returns exit code, stdout, stderr."""

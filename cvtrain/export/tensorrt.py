@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import tempfile
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
-from cvtrain.core.artifact import TENSORRT, Artifact
-from cvtrain.core.complexity import count_macs, count_params
-from cvtrain.export.base import Exporter
-from cvtrain.export.check import compare
-from cvtrain.export.network import prepare
+from cvtrain.core.artifact import TENSORRT
+from cvtrain.export.check import BATCH_SIZES
+from cvtrain.export.graph import GraphExporter
+from cvtrain.export.network import Prepared
 from cvtrain.export.onnx import INPUT_NAME, write_onnx
-from cvtrain.export.writing import ExportError, asking, reporting, writing
+from cvtrain.export.writing import ExportError, asking
 from cvtrain.runtime import loader
 from cvtrain.runtime.archive import METADATA
 
@@ -25,14 +21,16 @@ MAX_BATCH = 64
 """Most pictures that an engine takes at once."""
 
 
-class TensorRT(Exporter):
-    """Build the float32 engine for the GPU of this machine; it runs on no other kind of GPU.
+class TensorRT(GraphExporter):
+    """Build the float32 engine for the GPU of this machine, which takes minutes; it runs on no other kind of GPU.
 
     A plan has no place for metadata, so that the file is an uncompressed zip archive of both: `unzip` gives the
     `model.plan` that other programs load.
 
     Source: https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/python-api-docs.html
     """
+
+    option, runtime, suffix, note = "tensorrt", TENSORRT, ".plan.zip", "for this machine's GPU only"
 
     def __init__(self) -> None:
         """See that TensorRT and a GPU are there.
@@ -41,41 +39,19 @@ class TensorRT(Exporter):
             ConfigError: TensorRT is not installed, or PyTorch sees no GPU.
         """
         loader(TENSORRT)
+        super().__init__()
 
-    def export(
-        self, model: nn.Module, example: Tensor, folder: Path, metadata: Mapping[str, str], name: str = "model"
-    ) -> Artifact:
-        """Write `name.plan.zip` by way of ONNX, and check it; takes minutes for a large model.
-
-        Args:
-            model: Any device and mode; never changed.
-            example: `(1, C, H, W)` float32 normalised input.
-            folder: Where the file goes; exists.
-            metadata: Text for the archive's `metadata.json`.
-            name: The file's, without its suffix.
-
-        Returns:
-            The file, already compared with `model`.
-
-        Raises:
-            CvtrainError: The model cannot be exported, or the file does not reproduce it.
-            StorageError: The disk is full or read-only.
-        """
+    def _write(self, prepared: Prepared, path: Path) -> tuple[int, ...]:
         backend = loader(TENSORRT)
-        path = folder / f"{name}.plan.zip"
-        prepared = prepare(model, example, metadata)
-        with reporting("tensorrt"), writing(path) as work:
-            with tempfile.TemporaryDirectory(dir=work.parent) as temporary:
-                source = Path(temporary) / "float.onnx"
-                write_onnx(prepared, source)
-                with asking("TensorRT cannot build this model"):
-                    plan = _build(backend, source, tuple(prepared.images.shape[1:]))
-            with zipfile.ZipFile(work, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr(METADATA, json.dumps(prepared.metadata))
-                archive.writestr(backend.PLAN, plan)
-            compare(prepared, work, TENSORRT)
-        note = "for this machine's GPU only"
-        return Artifact("tensorrt", path, TENSORRT, count_params(model), count_macs(model, example), note=note)
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            source = Path(temporary) / "float.onnx"
+            write_onnx(prepared, source)
+            with asking("TensorRT cannot build this model"):
+                plan = _build(backend, source, tuple(prepared.images.shape[1:]))
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr(METADATA, json.dumps(prepared.metadata))
+            archive.writestr(backend.PLAN, plan)
+        return BATCH_SIZES
 
 
 def _build(backend: Any, source: Path, picture: tuple[int, ...]) -> bytes:  # noqa: ANN401 - a module of a lazy import

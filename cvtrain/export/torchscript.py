@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from cvtrain.core.artifact import TORCHSCRIPT, Artifact
-from cvtrain.core.complexity import count_macs, count_params
-from cvtrain.export.base import Exporter
-from cvtrain.export.check import compare
-from cvtrain.export.network import prepare
-from cvtrain.export.writing import asking, reporting, writing
+from cvtrain.core.artifact import TORCHSCRIPT
+from cvtrain.export.check import BATCH_SIZES
+from cvtrain.export.graph import GraphExporter
+from cvtrain.export.network import Prepared
+from cvtrain.export.writing import asking
 from cvtrain.runtime.archive import METADATA
 
 log = logging.getLogger("cvtrain")
 
 
-class TorchScript(Exporter):
+class TorchScript(GraphExporter):
     """Write the traced and frozen graph.
 
     The format holds a pickle by nature: the module's attributes are one, of tensors and plain values, which
@@ -29,41 +26,13 @@ class TorchScript(Exporter):
     files you trust. PyTorch calls TorchScript deprecated; `torch_export` is its successor.
     """
 
-    def __init__(self, embed_preprocessing: bool = False) -> None:
-        """Keep the settings.
+    option, runtime, suffix = "torchscript", TORCHSCRIPT, ".torchscript"
 
-        Args:
-            embed_preprocessing: Take uint8 pictures as they are read and give probabilities.
-        """
-        self.embed_preprocessing = embed_preprocessing
-
-    def export(
-        self, model: nn.Module, example: Tensor, folder: Path, metadata: Mapping[str, str], name: str = "model"
-    ) -> Artifact:
-        """Write `name.torchscript` and check it.
-
-        Args:
-            model: Any device and mode; never changed.
-            example: `(1, C, H, W)` float32 normalised input.
-            folder: Where the file goes; exists.
-            metadata: Text for the file's `extra/metadata.json`.
-            name: The file's, without its suffix.
-
-        Returns:
-            The file, already compared with `model`.
-
-        Raises:
-            CvtrainError: The model cannot be traced, or the file does not reproduce it.
-            StorageError: The disk is full or read-only.
-        """
+    def _write(self, prepared: Prepared, path: Path) -> tuple[int, ...]:
         log.info("torchscript: PyTorch calls this format deprecated; export=torch_export is its successor")
-        path = folder / f"{name}.torchscript"
-        prepared = prepare(model, example, metadata, self.embed_preprocessing)
-        with reporting("torchscript"), writing(path) as work:
-            with asking("PyTorch cannot trace this model"), torch.no_grad():
-                # What it gives is compared below, from the file and at several batch sizes.
-                traced = torch.jit.trace(prepared.network, (prepared.pair,), check_trace=False)  # type: ignore[no-untyped-call]
-                frozen = torch.jit.freeze(traced)
-                torch.jit.save(frozen, work, _extra_files={METADATA: json.dumps(prepared.metadata)})
-            compare(prepared, work, TORCHSCRIPT)
-        return Artifact("torchscript", path, TORCHSCRIPT, count_params(model), count_macs(model, example))
+        with asking("PyTorch cannot trace this model"), torch.no_grad():
+            # What it gives is compared from the file, at several batch sizes.
+            traced = torch.jit.trace(prepared.network, (prepared.pair,), check_trace=False)  # type: ignore[no-untyped-call]
+            frozen = torch.jit.freeze(traced)
+            torch.jit.save(frozen, path, _extra_files={METADATA: json.dumps(prepared.metadata)})
+        return BATCH_SIZES

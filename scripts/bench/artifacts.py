@@ -6,7 +6,8 @@ those of trained ones. Cases `fashion NAME` train NAME on Fashion-MNIST at 32 px
 compress it, cases `emoji NAME` on colour emoji at 64 px by their 9 categories (npm emoji-datasource-google, Apache-2.0,
 see transfer.py); accuracy is that of the whole test split. Every latency of a case is measured in turns in one process
 each; ratios are of medians of the same command. Rows `ms` with a ratio below 1 are faster, rows `MB` smaller, rows
-`points` have the difference of the accuracies as their value. All takes about two hours on two quiet cores.
+`points` have the difference of the accuracies as their value. The trained cases but the first are about accuracy and
+give no latency, so they need no quiet machine (`--only fashion`, `--only emoji`). All takes about two hours.
 """
 
 from __future__ import annotations
@@ -47,11 +48,13 @@ class Training:
         words: Options of the training.
         compression: Steps of the first command.
         again: Steps of `cvtrain compress` on the finished run; None: no second command.
+        timed: Whether its latencies are reported.
     """
 
     words: Sequence[str]
     compression: str
     again: str | None = None
+    timed: bool = False
 
 
 TRAININGS = {
@@ -59,6 +62,7 @@ TRAININGS = {
         [*FASHION, *ADAMW, "optimizer.lr=2e-3", "model=resnet18", "epochs=6"],
         "[ptq_static,prune_structured]",
         again="[prune_structured,ptq_static]",
+        timed=True,
     ),
     "fashion mobilenet_v2": Training(
         [*FASHION, *ADAMW, "optimizer.lr=2e-3", "model=mobilenet_v2", "epochs=8"], "[ptq_static,qat,prune_structured]"
@@ -137,14 +141,14 @@ class Campaign:
         if self.quick:
             words += ["epochs=1", "limit_train_batches=2", "limit_eval_batches=2"]
         told = self.told("train", *words)
-        rows = self.proved(case, told["artifacts"])
+        rows = self.proved(case, told["artifacts"], training.timed)
         if training.again is not None:
             more = self.told("compress", f"run={told['run']}", f"compression={training.again}", *PRUNE)
-            rows += self.proved(f"{case}, pruned + distilled + INT8", more["artifacts"])
+            rows += self.proved(f"{case}, pruned + distilled + INT8", more["artifacts"], training.timed)
         return rows
 
-    def proved(self, case: str, table: Sequence[dict[str, Any]]) -> list[Row]:
-        """Return accuracy, latency, size and arithmetic of each artifact of a table."""
+    def proved(self, case: str, table: Sequence[dict[str, Any]], timed: bool) -> list[Row]:
+        """Return accuracy, latency if `timed`, size and arithmetic of each artifact of a table."""
         found = {row["artifact"]: row for row in table}
         dense = table[0]
         rows = [Row(case, "fp32", 100 * dense["accuracy"], "%", "fp32", 1.0)]
@@ -152,7 +156,7 @@ class Campaign:
             Row(case, name, 100 * row["delta"], "points", "fp32", row["accuracy"] / (dense["accuracy"] or 1.0))
             for name, row in list(found.items())[1:]
         ]
-        rows += compared(case, found, "ms", lambda row: float(row["latency_ms_p50"]))
+        rows += compared(case, found, "ms", lambda row: float(row["latency_ms_p50"])) if timed else []
         rows += compared(case, found, "MB", lambda row: row["bytes"] / 1e6)
         pruned = [name for name in found if name == "pruned"]
         return rows + [

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from teacher_file import DIGITS, PREPROCESS, write_teacher
 
 from cvtrain.command.deployed import load_file as load_deployed
-from cvtrain.command.predict import predict
 from cvtrain.command.worker import in_process, isolated
 from cvtrain.core.artifact import Artifact
 from cvtrain.core.weights import save_weights
@@ -92,22 +91,6 @@ def test_children_rebuild_networks_of_this_package_and_of_trusted_ones_only(own,
         with pytest.raises(ConfigError, match=r"artifact 'fp32': .*mynets"):
             refused.run(IMAGES)
     assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("task", ["classification", "multilabel"])
-def test_predictions_are_divided_by_the_temperature_that_the_file_carries(tmp_path, task):
-    path = write_teacher(tmp_path / "plain.safetensors", task=task)
-    plain = load_deployed(path, CPU, [])
-    assert plain.temperature == 1.0
-    save_weights(plain.model, tmp_path / "warm.safetensors", {**plain.metadata, "temperature": "2.5"})
-    warm = load_deployed(tmp_path / "warm.safetensors", CPU, [])
-    images = torch.from_numpy(IMAGES)
-    with torch.no_grad():
-        logits = plain.model(PREPROCESS(images)) / 2.5
-    expected = logits.softmax(1) if task == "classification" else logits.sigmoid()
-    rows = predict(warm, ["a", "b", "c"], images, 10)
-    assert [row["probability"] for row in rows] == pytest.approx(expected.max(1).values.tolist(), abs=1e-5)
-    assert [row["label"] for row in rows] == [row["label"] for row in predict(plain, ["a", "b", "c"], images, 10)]
 
 
 def test_a_damaged_temperature_is_refused(tmp_path):

@@ -158,7 +158,7 @@ def test_a_jpeg_decoded_no_further_than_its_crop_gives_the_pixels_of_the_whole(t
     Image.fromarray(noise).convert(mode).save(tmp_path / "x.jpg", quality=95, **settings)
     boxes = [(0, 0, 20, 500), (90, 30, 200, 300), (380, 10, 60, 90), (400, 0, 300, 300), (0, 0, 700, 500)]
     crops = [read_crop(str(tmp_path / "x.jpg"), lambda size, box=box: box, 32, 3) for box in boxes]
-    monkeypatch.setattr("cvtrain.data.picture._load_down_to", lambda image, row: image.load())
+    monkeypatch.setattr("cvtrain.core.picture._load_down_to", lambda image, row: image.load())
     for found, box in zip(crops, boxes, strict=True):
         assert torch.equal(found, read_crop(str(tmp_path / "x.jpg"), lambda size, box=box: box, 32, 3))
 

@@ -51,13 +51,14 @@ def test_shrinking_equals_pillows_bilinear_within_one_level():
 
 RUN = ["data=digits", "resizing=progressive", "img_size=16", "compression=none", "export=none", "device=cpu"]
 SMALL = ["resizing.phases.small.img_size=8", "resizing.phases.medium.img_size=12", "limit_train_batches=3"]
+TINY = ["model=mobilenet_v1", "batch_size=16", "limit_eval_batches=1", "json=true"]
 EPOCHS = [f"resizing.phases.{name}.epochs=2" for name in ("small", "medium", "full")]
 RATES = ["resizing.phases.small.lr=0.08", "resizing.phases.medium.lr=0.04", "resizing.phases.full.lr=0.01"]
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_three_phases_train_in_one_command_and_the_log_has_the_rate_of_each(cvtrain):
-    answer = cvtrain(*RUN, *SMALL, *EPOCHS, *RATES, "epochs=6", "model=resnet18", "json=true")
+    answer = cvtrain(*RUN, *SMALL, *EPOCHS, *RATES, "epochs=6", *TINY)
     assert answer.code == 0, answer.err
     log = (answer.folder / "train.log").read_text()
     for first, last, size, rate in ((1, 2, 8, "0.08"), (3, 4, 12, "0.04"), (5, 6, 16, "0.01")):

@@ -159,7 +159,7 @@ def test_a_child_ends_without_a_word_with_a_parent_that_is_ended_in_the_middle_o
     try:
         time.sleep(0.1)
         os.killpg(parent.pid, number)
-        assert gone(child, 3)
-        assert parent.communicate(timeout=5) == ("", "")
+        assert gone(child, 15)
+        assert parent.communicate(timeout=15) == ("", "")
     finally:
         parent.kill()

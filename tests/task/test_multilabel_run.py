@@ -135,6 +135,7 @@ def test_deployed_files_say_that_every_class_is_decided_by_itself(finished):
 
 def config(path, **changes):
     keys = {"run": None, "source": None, "topk": 3, "batch_size": 8, "output": None, "device": "cpu", "json": False}
+    keys |= {"artifact": "auto", "format": "auto", "on_error": "fail", "threads": None}
     return {**keys, "weights": str(path), **changes}
 
 
