@@ -20,6 +20,7 @@ from cvtrain.engine.monitor import Monitor
 from cvtrain.engine.parts import Distillation, Finetune, Silent
 from cvtrain.engine.run import TrainRun
 from cvtrain.engine.state import TERMS, TrainState
+from cvtrain.errors import DivergedError
 from cvtrain.finetune import Full
 from cvtrain.finetune.base import original
 from cvtrain.logger import NoLogger
@@ -99,7 +100,13 @@ class Recipe:
             distillation=distillation,
             wrapped=None,
         )
-        fit(inner)
+        try:
+            fit(inner)
+        except DivergedError as error:  # whose advice is that of a training
+            raise DivergedError(
+                f"fine-tuning of what was compressed: {str(error).partition(';')[0]}; the trained model stands.\n"
+                "Compress less, set clip_grad_norm=1.0, or use precision=fp32."
+            ) from error
         if inner.deployed is not model:
             model.load_state_dict(inner.deployed.state_dict())
         lay_out(model, CPU, channels_last=False).eval()

@@ -17,6 +17,7 @@ from cvtrain.averaging import Ema, NoAveraging
 from cvtrain.command.finetuning import Recipe, strategy_for
 from cvtrain.core.stages import Stage
 from cvtrain.engine.loop import fit
+from cvtrain.errors import DivergedError
 from cvtrain.finetune import Full
 from cvtrain.finetune.base import RatesPhase, Strategy
 from cvtrain.optimizer import param_groups
@@ -62,6 +63,16 @@ def test_no_epochs_do_nothing(tmp_path):
     candidate = copy.deepcopy(run.model)
     made.finetune(candidate, 0, None)
     assert same(weights_of(candidate), weights_of(run.model))
+
+
+def test_a_finetuning_that_diverges_is_told_as_one_and_names_no_file_of_a_training(tmp_path):
+    made, run = recipe(tmp_path)
+    candidate = copy.deepcopy(run.model)
+    with torch.no_grad():
+        next(candidate.parameters()).fill_(float("nan"))
+    with pytest.raises(DivergedError, match=r"^fine-tuning of what was compressed: .*; the trained model stands") as told:
+        made.finetune(candidate, 1, None)
+    assert "diverged.json" not in str(told.value)
 
 
 def test_two_finetunings_see_other_augmentations_and_a_second_process_the_same(tmp_path):
