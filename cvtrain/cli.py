@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import time
@@ -33,6 +34,9 @@ def main() -> None:
         code = error.exit_code
     except KeyboardInterrupt:
         code = EXIT_SIGINT
+    except BrokenPipeError:  # `cvtrain list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_OK
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("hydra", "omegaconf", "yaml") and not isinstance(
             error, RecursionError
@@ -40,9 +44,6 @@ def main() -> None:
             raise
         _print_error(" ".join(str(error).split()) or type(error).__name__)
         code = ConfigError.exit_code
-    except BrokenPipeError:  # `cvtrain list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_OK
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
     sys.exit(code)
@@ -66,7 +67,16 @@ def run(argv: list[str]) -> int:
     if verb == "list":
         sys.stdout.write(helptext.listing(*_folder_flag(rest)))
         return EXIT_OK
-    return _hydra(verb, rest)
+    return _hydra(verb, _folders_named(verb, rest))
+
+
+def _folders_named(verb: str, words: list[str]) -> list[str]:
+    """Let run folders stand by themselves behind the verbs that take them: `cvtrain report RUN1 RUN2`."""
+    named = list(itertools.takewhile(lambda word: Path(word).is_dir(), words)) if verb not in ("train", "check") else []
+    if not named:
+        return words
+    quoted = ["'" + name.replace("\\", "\\\\").replace("'", "\\'") + "'" for name in named]
+    return [f"run={quoted[0] if len(quoted) == 1 else '[' + ','.join(quoted) + ']'}", *words[len(named) :]]
 
 
 def _folder_flag(words: list[str]) -> tuple[list[str], Path | None]:
@@ -162,8 +172,9 @@ def _make_importable(trusted: list[str], config_dir: Path | None) -> None:
 def _quoted_path(override: str) -> str:
     """Quote a path as it is printed and completed: a job's folder may be `lr=0.1,seed=2`, which is grammar to Hydra."""
     key, _, value = override.partition("=")
+    listed = value.startswith("[")  # in a list the user quotes
     plain = key in PATHS and any(sign in value for sign in "=,() ") and not any(quote in value for quote in "'\"")
-    return f"{key}='{value}'" if plain else override
+    return f"{key}='{value}'" if plain and not listed else override
 
 
 def _print_error(message: str) -> None:

@@ -67,6 +67,7 @@ class Rule:
         item: Rule of a list's items.
         length: How many items a list has; None: one or more, or any number for a list of text.
         also: Values allowed besides, such as `auto`.
+        several: Whether a list of one or more such values is allowed too.
     """
 
     kind: str
@@ -79,6 +80,7 @@ class Rule:
     item: Rule | None = None
     length: int | None = None
     also: Sequence[Any] = ()
+    several: bool = False
 
     def expected(self) -> str:
         """Return in words what is allowed."""
@@ -97,7 +99,7 @@ class Rule:
             words += f"{' and' if self.low is not None else ''} {'below' if self.below else 'at most'} {self.high:g}"
         if self.item is not None:
             words += f" of {self.length or 'one or more'} items, each {self.item.expected()}"
-        extra = [str(value) for value in self.also] + (["null"] if self.optional else [])
+        extra = [str(value) for value in self.also] + ["a list of them"] * self.several + ["null"] * self.optional
         return words + (f", or {' or '.join(extra)}" if extra else "")
 
     def accepts(self, value: Any) -> bool:  # noqa: ANN401 - any plain value
@@ -106,6 +108,8 @@ class Rule:
             return self.optional
         if value in self.also and isinstance(value, (str, bool)):
             return True
+        if self.several and isinstance(value, list):
+            return bool(value) and all(isinstance(v, (str, int, float)) and self.accepts(v) for v in value)
         if self.kind == "list":
             return self._accepts_list(value)
         if self.kind == "bool":
@@ -144,6 +148,7 @@ SEED = Rule("int", low=0, high=2**63 - 1)
 FLAG = Rule("bool")
 TEXT = Rule("str")
 TEXT_OR_NULL = Rule("str", optional=True)
+TEXTS_OR_NULL = Rule("str", optional=True, several=True)
 PAIR = Rule("list", item=Rule("float"), length=2)
 
 RULES: dict[str, Rule] = {
@@ -180,6 +185,7 @@ RULES: dict[str, Rule] = {
     "max_time": TEXT_OR_NULL,
     "save_every_steps": COUNT_OR_NULL,
     "profile": FLAG,
+    "report": FLAG,
     "log_gradients": FLAG,
     "overfit_batch": FLAG,
     "limit_train_batches": COUNT_OR_NULL,
@@ -317,17 +323,22 @@ RULES: dict[str, Rule] = {
     # check
     "near": Rule("float", low=1, optional=True),
     # predict and the verbs on a finished run
-    "what": Rule("str", choices=("aug", "lr", "model")),
+    "what": Rule("str", choices=("aug", "lr", "model", "gradcam", "features", "filters", "tsne", "errors", "weights")),
+    "layer": TEXT_OR_NULL,
+    "layers": Rule("list", item=TEXT),
     "steps": Rule("int", low=20),
     "models": Rule("list", item=TEXT),
     "num_classes": COUNT_OR_NULL,
     "in_channels": COUNT_OR_NULL,
-    "run": TEXT_OR_NULL,
-    "weights": TEXT_OR_NULL,
-    "source": Rule("str", optional=True),
+    "run": TEXTS_OR_NULL,
+    "weights": TEXTS_OR_NULL,
+    "source": TEXTS_OR_NULL,
     "topk": COUNT,
     "output": TEXT_OR_NULL,
-    "split": Rule("str", choices=("val", "test")),
+    "format": Rule("str", choices=("auto", "csv", "json", "jsonl")),
+    "split": Rule("str", choices=("train", "val", "test")),
+    "artifact": Rule("str", several=True),
+    "tta": Rule("str", choices=("none", "hflip", "flip", "rotate", "color"), several=True),
 }
 
 

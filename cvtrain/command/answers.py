@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -18,11 +19,14 @@ from cvtrain.audit import audit
 from cvtrain.build import Builder
 from cvtrain.command import deployed, worker
 from cvtrain.command.finished import MODEL, indexed
+from cvtrain.command.results import Evaluation
 from cvtrain.core import weights
 from cvtrain.core.artifact import TORCH, Artifact
+from cvtrain.core.metrics import measured
 from cvtrain.core.types import DataSets, Source
+from cvtrain.engine.checkpoint import BEST, LAST, CheckpointStore
 from cvtrain.errors import ConfigError, DataError, WeightsError, did_you_mean
-from cvtrain.evaluation.calibration import to_logits, to_probabilities
+from cvtrain.evaluation.calibration import fit_temperature, to_logits, to_probabilities
 from cvtrain.runtime.prepare import class_names, temperature
 from cvtrain.schema import validate
 
@@ -39,6 +43,7 @@ class FinishedRun:
         builder: Of the run's own config, on the device that the verb asks for.
         sets: Its data, prepared as the shipped model wants them.
         artifacts: Rows of artifacts.csv, the float model first.
+        checkpoints: Weights of the training: `best`, `last`, and their averages.
         trusted: The user's own packages.
     """
 
@@ -46,18 +51,19 @@ class FinishedRun:
     builder: Builder
     sets: DataSets
     artifacts: Sequence[Artifact]
+    checkpoints: Sequence[Artifact]
     trusted: Sequence[str]
 
     def artifact(self, name: str) -> Artifact:
-        """Return the artifact called `name`.
+        """Return the artifact or checkpoint called `name`.
 
         Raises:
             ConfigError: There is none.
         """
-        for artifact in self.artifacts:
-            if artifact.name == name:
-                return artifact
-        names = [artifact.name for artifact in self.artifacts]
+        known = {artifact.name: artifact for artifact in (*self.checkpoints, *self.artifacts)}
+        if name in known:
+            return known[name]
+        names = [artifact.name for artifact in (*self.artifacts, *self.checkpoints)]
         raise ConfigError(f"artifact={name}: {did_you_mean(name, names, 'artifacts')} in {self.folder}")
 
     def source(self, split: str) -> Source:
@@ -113,6 +119,16 @@ class Answers:
         right: NDArray[np.bool_] = (self.decided == self.labels).reshape(len(self.labels), -1).all(1)
         return right
 
+    def calibrated(self) -> Answers:
+        """Return the same probabilities with a temperature of 1: then `loss` is theirs too."""
+        return dataclasses.replace(self, logits=self.logits / self.temperature, temperature=1.0)
+
+    def evaluation(self, run: FinishedRun) -> Evaluation:
+        """Return what `results.write_evaluation` writes."""
+        metrics = measured(self.logits, torch.from_numpy(self.labels))
+        given = metrics, self.logits, self.labels, self.names, self.class_names, self.temperature
+        return Evaluation(*given, run.source(self.split).read, self.split)
+
 
 def open_run(folder: Path, config: dict[str, Any], trusted: list[str]) -> FinishedRun:
     """Take up a finished run.
@@ -145,7 +161,20 @@ def open_run(folder: Path, config: dict[str, Any], trusted: list[str]) -> Finish
     if list(sets.class_names) != known:
         raise DataError(f"{sets.name} now has the classes {sets.class_names}, the model knows {known}.")
     artifacts = indexed(folder) or [Artifact("fp32", path, TORCH, 0, 0)]
-    return FinishedRun(folder, builder, sets, artifacts, trusted)
+    return FinishedRun(folder, builder, sets, artifacts, _checkpoints(folder, builder.config, artifacts[0]), trusted)
+
+
+def _checkpoints(folder: Path, config: dict[str, Any], model: Artifact) -> list[Artifact]:
+    """Return the weights in the checkpoints of a run: as trained, and where it averages them the average."""
+    averaging = config.get("averaging", {}).get("_target_", "").rsplit(".", 1)[-1].lower()
+    found = []
+    for file in (BEST, LAST):
+        path = folder / MODEL.parent / file
+        if path.is_file():
+            found.append(dataclasses.replace(model, name=path.stem, path=path, runtime=TORCH))
+            if averaging not in ("", "noaveraging"):
+                found.append(dataclasses.replace(found[-1], name=f"{path.stem}_{averaging}"))
+    return found
 
 
 def answer(run: FinishedRun, artifact: Artifact, split: str, threads: int, view: View | None = None) -> Answers:
@@ -159,11 +188,13 @@ def answer(run: FinishedRun, artifact: Artifact, split: str, threads: int, view:
         view: What is done to the pictures before; None: nothing.
 
     Raises:
-        DataError: A picture cannot be read, or the file has other classes than the run.
+        DataError: The split is empty, a picture cannot be read, or the file has other classes than the run.
         WeightsError: The file is missing or damaged.
     """
     start = time.perf_counter()
-    source = run.source(split)
+    source, multilabel = run.source(split), run.sets.multilabel
+    if not len(source):
+        raise DataError(f"split={split} of {run.folder} holds no pictures. Choose another one.")
     parts: list[Tensor] = []
     with _answering(run, artifact, threads) as (forward, metadata, embedded):
         own = class_names(metadata, artifact.path)
@@ -174,9 +205,14 @@ def answer(run: FinishedRun, artifact: Artifact, split: str, threads: int, view:
         with closing(run.builder.loader(run.sets, run.builder.device()).eval_batches(split)) as batches:
             for batch in batches:
                 given = forward(batch.images if view is None else view(batch.images))[:, columns]
-                parts.append(to_logits(given, scale, run.sets.multilabel) if embedded else given)
+                parts.append(to_logits(given, scale, multilabel) if embedded else given)
     seconds = time.perf_counter() - start
-    logits = torch.cat(parts) if parts else torch.zeros(0, len(run.sets.class_names))
+    logits = torch.cat(parts)
+    if artifact in run.checkpoints:  # a checkpoint has no temperature of its own
+        if split == "val" and view is None:
+            scale = fit_temperature(logits, torch.from_numpy(source.labels), multilabel)
+        else:
+            scale = answer(run, artifact, "val", threads).temperature
     return Answers(artifact, split, run.sets.class_names, source.names, source.labels, logits, scale, seconds)
 
 
@@ -186,7 +222,7 @@ def _answering(
 ) -> Iterator[tuple[Callable[[Tensor], Tensor], dict[str, str], bool]]:
     """Give what maps uint8 pictures to answers `(B, K)` on the CPU, the file's metadata, and whether it is embedded."""
     if artifact.runtime == TORCH:
-        shipped = deployed.load_file(artifact.path, run.builder.device(), list(run.trusted))
+        shipped = shipped_by(run, artifact)
 
         def by_torch(images: Tensor) -> Tensor:
             with torch.inference_mode():
@@ -201,3 +237,26 @@ def _answering(
             running.metadata,
             running.embedded,
         )
+
+
+def shipped_by(run: FinishedRun, artifact: Artifact) -> deployed.Deployed:
+    """Load an artifact or checkpoint that PyTorch runs, in eval mode on the run's device.
+
+    Raises:
+        WeightsError: The file is missing or damaged, or the checkpoint holds no such weights.
+    """
+    device, trusted = run.builder.device(), list(run.trusted)
+    if artifact not in run.checkpoints:
+        return deployed.load_file(artifact.path, device, trusted)
+    shipped = deployed.load_file(run.folder / MODEL, device, trusted)
+    tensors, _ = CheckpointStore(artifact.path.parent, {}).read(artifact.path.name)
+    prefix = "model/" if artifact.name == artifact.path.stem else "average/"
+    own = shipped.model.state_dict()
+    found = {name: tensors[prefix + name] for name in own if prefix + name in tensors}
+    if prefix == "average/" and not found:
+        raise WeightsError(f"{artifact.path} holds no average yet. Use artifact={artifact.path.stem}.")
+    differing = weights.differences(own, found)
+    if differing:
+        raise WeightsError(f"{artifact.path} is of another model: {'; '.join(differing[:5])}. Use artifact=fp32.")
+    shipped.model.load_state_dict(found)
+    return shipped

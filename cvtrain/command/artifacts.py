@@ -29,6 +29,8 @@ from cvtrain.core.artifact import TORCH, Artifact, Compressed, CompressionContex
 from cvtrain.core.channel_plan import plan_of
 from cvtrain.core.complexity import count_macs, count_params
 from cvtrain.core.files import write_atomic
+from cvtrain.core.index import INDEX as INDEX
+from cvtrain.core.index import REFERENCE as REFERENCE
 from cvtrain.core.types import DataSets
 from cvtrain.engine.memory import out_of_memory
 from cvtrain.engine.run import TrainRun
@@ -42,8 +44,6 @@ from cvtrain.report import plots
 from cvtrain.report.console import artifacts_table
 
 log = logging.getLogger("cvtrain")
-
-INDEX, REFERENCE = "artifacts.csv", "fp32"
 
 
 class Training(Protocol):

@@ -13,12 +13,11 @@ from torch import nn
 from cvtrain import runs
 from cvtrain.audit import audit
 from cvtrain.build import Builder, build_model, lay_out
-from cvtrain.command.provenance import MULTILABEL
 from cvtrain.core import weights
 from cvtrain.core.channel_plan import apply_plan
 from cvtrain.core.types import Preprocess
 from cvtrain.errors import ConfigError, WeightsError
-from cvtrain.runtime.prepare import temperature
+from cvtrain.runtime.prepare import MULTILABEL, temperature
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,12 @@ from cvtrain.build import Builder
 from cvtrain.command import deployed
 from cvtrain.command.artifacts import INDEX, REFERENCE, Proved, Subject, make_and_prove, reference_of, subject_of
 from cvtrain.command.provenance import fingerprint
+from cvtrain.command.report import PAGE, refresh
 from cvtrain.command.train import build_run
 from cvtrain.core import weights
 from cvtrain.core.artifact import Artifact
 from cvtrain.core.files import sweep, to_json_line, write_json
+from cvtrain.core.index import is_older
 from cvtrain.engine.signals import StopRequest
 from cvtrain.errors import EXIT_OK, ConfigError, CvtrainError, DataError, WeightsError
 from cvtrain.evaluation import read_artifacts_csv
@@ -70,6 +72,8 @@ def extend(config: dict[str, Any], trusted: list[str], network: Path | None = No
         proved.show(console, torch.get_num_threads())
         report = runs.read_json(folder / "metrics.json")
         write_json(folder / "metrics.json", {**report, "artifacts": proved.table, "winner": proved.verdict.winner})
+        if (folder / PAGE).is_file():
+            refresh(folder, trusted)
     return told(proved, builder.config, folder)
 
 
@@ -131,9 +135,7 @@ def indexed(folder: Path) -> list[Artifact]:
     path = folder / INDEX
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        header = file.readline().strip().split(",")
-    if "artifact" in header and "sha256" not in header:
+    if is_older(path):
         log.warning("%s was written by an older cvtrain; what it names is not proved again", path)
         return []
     found = read_artifacts_csv(path)

@@ -1,4 +1,4 @@
-"""`cvtrain inspect`: what=aug draws what the augmentation does, lr finds the learning rate, model sums up networks."""
+"""`cvtrain inspect`: augmentation, learning rate and model of a run to come; what the model of a finished one does."""
 
 from __future__ import annotations
 
@@ -48,6 +48,16 @@ def run(config: dict[str, Any], trusted: list[str]) -> int:
         ConfigError: A key that is for something else to look at.
         DataError: The data set cannot be read.
     """
+    from cvtrain.command import looking
+
+    if config["what"] in looking.TAKES:
+        return looking.run(config, trusted)
+    for key in ("run", "weights", "source", "layer", "layers"):
+        if config[key]:
+            raise ConfigError(
+                f"{key}={config[key]} is of a finished run: add what={', '.join(looking.TAKES)}.\n"
+                f"what={config['what']} looks at a run before it is started; leave {key} out."
+            )
     if config["what"] == "model":
         from cvtrain.command import model_summary
 

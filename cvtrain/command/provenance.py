@@ -20,9 +20,7 @@ from cvtrain.core import distributed
 from cvtrain.core.files import write_atomic, write_json
 from cvtrain.core.types import DataSets
 from cvtrain.precision import cpu_features
-
-MULTILABEL = "multilabel"
-"""Value of `task` in a deployed file when every class is decided by itself; without the key one class is chosen."""
+from cvtrain.runtime.prepare import MULTILABEL
 
 
 def write_manifest(

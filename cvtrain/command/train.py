@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from cvtrain import runs
 from cvtrain.averaging import NoAveraging
 from cvtrain.build import Builder, lay_out
-from cvtrain.command import continuation, debugging, processes
+from cvtrain.command import continuation, debugging, processes, report
 from cvtrain.command.artifacts import forget_artifacts, make_and_prove, subject_of
 from cvtrain.command.provenance import deployment_metadata, environment, fingerprint, write_manifest
 from cvtrain.command.results import Evaluation, write_csv, write_results
@@ -36,7 +37,7 @@ from cvtrain.engine.ranks import SharedStop
 from cvtrain.engine.run import TrainRun
 from cvtrain.engine.signals import StopRequest
 from cvtrain.engine.state import TERMS, TrainState
-from cvtrain.errors import ConfigError, DataError, did_you_mean
+from cvtrain.errors import ConfigError, CvtrainError, DataError, did_you_mean
 from cvtrain.evaluation import fit_temperature
 from cvtrain.logger import NoLogger
 from cvtrain.model.size import first_line, refusal
@@ -349,9 +350,14 @@ def conclude(builder: Builder, run: TrainRun, sets: DataSets, folder: Path, cons
     metrics, logits = evaluate_model(run, model, "test", full_precision=True)
     if not processes.go_on_alone(run, builder, sets):
         return TrainResult({}, [], {})
-    results = {**run.monitor.best_row, **{f"test/{name}": value for name, value in metrics.compute().items()}}
     seen = len(logits)
-    evaluation = Evaluation(metrics, logits, sets.test.labels[:seen], sets.test.names[:seen], sets.class_names)
+    evaluation = Evaluation(
+        *(metrics, logits, sets.test.labels[:seen], sets.test.names[:seen], sets.class_names),
+        temperature=float(metadata["temperature"]),
+        pictures=sets.test.read,
+    )
+    measured = {**metrics.compute(), **evaluation.scores.values}
+    results = {**run.monitor.best_row, **{f"test/{name}": value for name, value in measured.items()}}
     intervals, figures = write_results(folder, run.state.history, evaluation)
     for name, figure in figures.items():
         run.tracker.figure(name, figure, run.state.step)
@@ -372,8 +378,19 @@ def conclude(builder: Builder, run: TrainRun, sets: DataSets, folder: Path, cons
     # Behind the last step, so that a run which is killed here and concluded again hides them before it writes them.
     behind = run.state.step + 1
     run.tracker.hparams(flat(builder.config), {f"hparam/{name}": value for name, value in finals.items()}, behind)
+    if builder.config["report"]:
+        _write_report(folder, run.model, sets)
     proved.settle(builder.config["gate"])
     return TrainResult(results, proved.table, counts)
+
+
+def _write_report(folder: Path, model: nn.Module, sets: DataSets) -> None:
+    """Write report.html; a run is no worse for lacking it."""
+    look = partial(report.error_pictures, source=sets.test, model=model, preprocess=sets.preprocess)
+    try:
+        report.write_report(folder, look)
+    except CvtrainError as error:
+        log.warning("%s is missing: %s", report.PAGE, error)
 
 
 def _temperature(run: TrainRun, sets: DataSets) -> float:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from math import prod
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from cvtrain.core.dataflow import BATCH, Dataflow, Value, dataflow
-from cvtrain.core.trunk import follow
 from cvtrain.errors import ConfigError
 
 log = logging.getLogger("cvtrain")
@@ -47,31 +45,6 @@ def first_convolution(model: nn.Module, shape: tuple[int, int, int] | None = Non
         if isinstance(module, nn.Conv2d):
             return path, module
     raise ConfigError(f"{type(model).__name__} has no 2-D convolution to fit to the data's channels.")
-
-
-def last_convolution(model: nn.Module, shape: tuple[int, int, int]) -> tuple[str, nn.Conv2d]:
-    """Return path and module of the last 2-D convolution whose map tells places apart and is not yet the logits.
-
-    Of parallel ones it is that with the most layers before it, so not the projection on a shortcut.
-
-    Args:
-        model: A classifier.
-        shape: Channels, height and width that it takes.
-
-    Raises:
-        ConfigError: The model cannot be followed, or has no such convolution.
-    """
-    flow = follow(model, shape)
-    modules, last = dict(model.named_modules()), _classifier(model, flow)
-    found: list[tuple[int, nn.Conv2d, str]] = []
-    for path, value in _on_the_way(flow):
-        module = modules[path]
-        if isinstance(module, nn.Conv2d) and path != last and prod(value.shape[2:]) > 1:
-            found.append((value.depth, module, path))
-    if not found:
-        raise ConfigError(f"{type(model).__name__} has no 2-D convolution before its logits.")
-    _, module, path = max(reversed(found), key=lambda each: each[0])
-    return path, module
 
 
 def norm_layers(model: nn.Module) -> list[str]:

@@ -1,15 +1,16 @@
-"""What compression and export produce, and what the proof needs to judge it."""
+"""What compression and export produce, and what the proof needs to judge it; torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cvtrain.core.runtimes import ONNXRUNTIME, OPENVINO, TENSORRT, TORCH, TORCH_EXPORT, TORCHSCRIPT
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 __all__ = [
     "ONNXRUNTIME",

@@ -102,8 +102,12 @@ class MultilabelMetrics:
         logits, labels = self._gathered()
         given = logits >= 0
         hits, predicted, support = ((x.sum(0)).numpy() for x in (given & labels, given, labels))
-        rates = _rates(hits, predicted, support)
-        return {"support": support, "hits": hits, **rates, "average_precision": average_precision(logits, labels)}
+        return {
+            "support": support,
+            "hits": hits,
+            **rates(hits, predicted, support),
+            "average_precision": average_precision(logits, labels),
+        }
 
     def compute(self) -> dict[str, float]:
         """Return the values of the split.
@@ -131,6 +135,17 @@ class MultilabelMetrics:
 
     def _gathered(self) -> tuple[Tensor, Tensor]:
         return torch.cat(self._logits).cpu(), torch.cat(self._labels).cpu()
+
+
+def measured(logits: Tensor, labels: Tensor) -> ClassificationMetrics | MultilabelMetrics:
+    """Return the metrics of logits `(N, K)` with labels `(N,)` of class numbers, or `(N, K)` of 0 and 1."""
+    metrics: ClassificationMetrics | MultilabelMetrics
+    if labels.ndim == 2:
+        metrics = MultilabelMetrics(logits.shape[1], logits.device)
+    else:
+        metrics = ClassificationMetrics(logits.shape[1], logits.device)
+    metrics.update(logits, labels)
+    return metrics
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> NDArray[np.float64]:
@@ -164,12 +179,11 @@ def class_counts(labels: NDArray[Any], num_classes: int) -> NDArray[np.int64]:
 
 def per_class(matrix: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
     """Return `precision`, `recall` and `f1` of each class, `(K,)` in 0..1; 0 where a class was never there."""
-    return _rates(np.diag(matrix), matrix.sum(0), matrix.sum(1))
+    return rates(np.diag(matrix), matrix.sum(0), matrix.sum(1))
 
 
-def _rates(
-    hits: NDArray[np.int64], predicted: NDArray[np.int64], support: NDArray[np.int64]
-) -> dict[str, NDArray[np.float64]]:
+def rates(hits: NDArray[Any], predicted: NDArray[Any], support: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
+    """Return `precision`, `recall` and `f1` of counts of one shape: answers that are right, given, and wanted."""
     precision = hits / np.maximum(predicted, 1)
     recall = hits / np.maximum(support, 1)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)

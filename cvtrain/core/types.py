@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-BILINEAR, BICUBIC = "bilinear", "bicubic"
-INTERPOLATIONS = (BILINEAR, BICUBIC)
-"""How pictures are resized where they are read, both antialiased; names as in Pillow, torchvision and timm."""
+from cvtrain.core.picture import BICUBIC as BICUBIC
+from cvtrain.core.picture import BILINEAR as BILINEAR
+from cvtrain.core.picture import INTERPOLATIONS as INTERPOLATIONS
 
 
 @dataclass

@@ -1,68 +1,34 @@
-"""Reading one picture of unknown origin, always with Pillow.
-
-torchvision's decoder crashes the process on damaged PNGs and knows no limit of size.
-"""
+"""Pictures as tensors; `core.picture` reads them."""
 
 from __future__ import annotations
 
-import functools
-import io
-import math
-import os
-import stat
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from cvtrain.core.types import BILINEAR, Box
-from cvtrain.data.pixels import square, to_tensor
-from cvtrain.errors import DataError
+from cvtrain.core.picture import (
+    BILINEAR,
+    MAX_PIXELS,
+    check_picture,
+    extensions,
+    printable,
+    read_box,
+    read_square,
+    read_upright,
+)
+from cvtrain.core.types import Box
 
-MAX_PIXELS = 89_478_485
-"""Pillow warns above this and refuses above twice this; both are an error here."""
-
-# EPS runs Ghostscript, the others are stubs that cannot decode.
-_REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-
-# Each is known for sure by its first bytes.
-_USUAL_FORMATS = {"BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"}
-
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_EXIF_ORIENTATION = 0x0112
-
-
-@functools.cache
-def formats() -> tuple[str, ...]:
-    """Return the names of the formats that are opened, in the order in which they are tried."""
-    Image.init()
-    # Pillow asks one after the other, and some read half a file before they decline.
-    known = sorted(name for name in Image.OPEN if name not in _REFUSED_FORMATS)
-    return tuple(sorted(known, key=lambda name: name not in _USUAL_FORMATS))
-
-
-@functools.cache
-def extensions() -> frozenset[str]:
-    """Return the file name extensions of these formats, lower case with the dot."""
-    return frozenset(end.lower() for end, name in Image.registered_extensions().items() if name in formats())
-
-
-def printable(path: str) -> str:
-    """Return a path as text that prints on one line of any terminal, other bytes as escapes."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+__all__ = [
+    "MAX_PIXELS",
+    "check_picture",
+    "extensions",
+    "printable",
+    "read_crop",
+    "read_picture",
+    "read_upright",
+]
 
 
 def read_picture(
@@ -74,31 +40,8 @@ def read_picture(
     on_frames: Callable[[str], None] | None = None,
     interpolation: str = BILINEAR,
 ) -> Tensor:
-    """Read a picture as a square.
-
-    Args:
-        content: The file's path, or its bytes.
-        resize: Side of the square, in pixels: the short side is resized to it, the centre cropped.
-        channels: 1 for grey, 3 for RGB.
-        max_pixels: Largest width × height, judged by the header before anything is decoded.
-        place: Where the picture is, for messages; None means the path.
-        on_frames: Called with the place when there are several frames or pages, of which the first is read.
-        interpolation: `bilinear` or `bicubic`, antialiased.
-
-    Returns:
-        uint8 `(channels, resize, resize)`. EXIF rotation is applied; of an animation it is the first frame;
-        transparency lies over white; 16 bits are scaled to 8.
-
-    Raises:
-        DataError: Not a regular file, unreadable, too large, or of floating-point values.
-    """
-    place = place or _place(content)
-    with _errors(place), _opened(content, max_pixels) as image:
-        # JPEG can be decoded at 1/2, 1/4 or 1/8; twice the target leaves the quality to the resize.
-        upright = _upright(image, channels, (2 * resize, 2 * resize))
-        if on_frames is not None and _has_frames(image):
-            on_frames(place)
-        return to_tensor(square(upright, resize, interpolation))
+    """Read a picture as a square, uint8 `(channels, resize, resize)`; arguments and errors as `read_square`."""
+    return torch.from_numpy(read_square(content, resize, channels, max_pixels, place, on_frames, interpolation))
 
 
 def read_crop(
@@ -109,7 +52,7 @@ def read_crop(
     max_pixels: int = MAX_PIXELS,
     place: str | None = None,
 ) -> Tensor:
-    """Read a box of a picture, resized to a square; a JPEG is decoded no larger and no further down than that needs.
+    """Read a box of a picture, resized to a square.
 
     Args:
         content: The file's path, or its bytes.
@@ -121,207 +64,11 @@ def read_crop(
         place: Where the picture is, for messages; None means the path.
 
     Returns:
-        uint8 `(channels, size, size)`; otherwise as `read_picture`.
+        uint8 `(channels, size, size)`; otherwise as `read_square`.
 
     Raises:
-        DataError: As `read_picture`.
+        DataError: As `read_square`.
     """
-    with _errors(place or _place(content)), _opened(content, max_pixels) as image:
-        turned = _orientation(image) >= 5
-        width, height = image.size[::-1] if turned else image.size
-        top, left, rows, columns = choose((height, width))
-        shrink = max(size / rows, size / columns)
-        wanted = (math.ceil(width * shrink), math.ceil(height * shrink))
-        wanted = wanted[::-1] if turned else wanted
-        if image.format == "JPEG" and _orientation(image) == 1:
-            image.draft(None, wanted)
-            y = image.height / height
-            _load_down_to(image, max(round((top + rows) * y), round(top * y) + 1) - 1)
-        upright = _upright(image, channels, wanted)
-        x, y = upright.width / width, upright.height / height
-        first = (min(round(left * x), upright.width - 1), min(round(top * y), upright.height - 1))
-        last = (max(round((left + columns) * x), first[0] + 1), max(round((top + rows) * y), first[1] + 1))
-        cut = to_tensor(upright.crop((*first, *last)))
+    cut = torch.from_numpy(read_box(content, choose, size, channels, max_pixels, place))
     # The batch of one is made where the rows are, so that torch sees channels last, keeps them and is quick.
-    batch = cut.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
-    return interpolate(batch, size=(size, size), mode="bilinear", antialias=True)[0]
-
-
-def read_upright(
-    content: str | bytes, side: int | None = None, max_pixels: int = MAX_PIXELS, place: str | None = None
-) -> tuple[Image.Image, tuple[int, int]]:
-    """Read a whole picture.
-
-    Args:
-        content: The file's path, or its bytes.
-        side: A JPEG may be decoded smaller, its short side no shorter than this; None means in full.
-        max_pixels: Largest width × height, judged by the header before anything is decoded.
-        place: Where the picture is, for messages; None means the path.
-
-    Returns:
-        An "RGB" image, EXIF rotation applied, and the width and height that it has in full, upright, in pixels.
-
-    Raises:
-        DataError: As `read_picture`.
-    """
-    with _errors(place or _place(content)), _opened(content, max_pixels) as image:
-        size = image.size[::-1] if _orientation(image) >= 5 else image.size
-        return _upright(image, 3, image.size if side is None else (side, side)), size
-
-
-def check_picture(
-    content: str | bytes,
-    max_pixels: int = MAX_PIXELS,
-    place: str | None = None,
-    on_frames: Callable[[str], None] | None = None,
-) -> None:
-    """Decode a picture, as small as its format allows, and throw it away; arguments as `read_picture`.
-
-    Raises:
-        DataError: In all cases in which `read_picture` would raise.
-    """
-    place = place or _place(content)
-    with _errors(place), _opened(content, max_pixels) as image:
-        _upright(image, 3, (1, 1))
-        if on_frames is not None and _has_frames(image):
-            on_frames(place)
-
-
-def _has_frames(image: Image.Image) -> bool:
-    """Return whether there is more than one frame or page; a second one that is damaged does not count.
-
-    Asked once the first is decoded: to answer, Pillow reads on in the file.
-    """
-    # A photograph in MPO carries a preview or a second view for stereo; its first is the picture.
-    if image.format == "MPO":
-        return False
-    try:
-        return bool(getattr(image, "is_animated", False))
-    except Exception:
-        return False
-
-
-_FLOAT = "floating-point values, whose range is unknown; save it as 8 or 16 bits"
-
-
-class _errors:  # noqa: N801 - a context manager, used like a function
-    """Turns whatever Pillow raises for a damaged file into one `DataError: path: reason`."""
-
-    def __init__(self, place: str) -> None:
-        self._place = place
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # Running out of memory says nothing about the file.
-        if not isinstance(error, Exception) or isinstance(error, MemoryError):
-            return
-        lines = str(error).splitlines()
-        # An OSError repeats the path, and Pillow's "cannot identify" the path's repr.
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else lines[0] if lines else ""
-        if isinstance(error, UnidentifiedImageError):
-            reason = "not a picture in any format that is opened"
-        if isinstance(error, Image.DecompressionBombError):
-            reason = f"{reason.partition('(')[2].partition(')')[0]}, more than data.max_pixels can be"
-        raise DataError(f"{self._place}: {reason or type(error).__name__}") from error
-
-
-def _place(content: str | bytes) -> str:
-    return printable(content) if isinstance(content, str) else "a picture"
-
-
-def _opened(content: str | bytes, max_pixels: int) -> Image.Image:
-    if isinstance(content, bytes):
-        size = len(content)
-    else:
-        status = os.stat(content)  # noqa: PTH116 - the path may hold bytes that are no text
-        # Opening a FIFO would wait for ever.
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError("not a regular file")
-        size = status.st_size
-    if size == 0:
-        raise DataError("empty file")
-    image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=formats())
-    if image.width * image.height > max_pixels:
-        image.close()
-        raise DataError(f"{image.width} × {image.height} pixels, more than data.max_pixels={max_pixels}")
-    return image
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return EXIF's orientation, 1 where there is none; damaged EXIF does not make a picture unreadable."""
-    # Without a look at EXIF, which even where there is none costs a tenth of a small picture's decoding.
-    if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():
-        return 1
-    try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:
-        return 1
-
-
-def _upright(image: Image.Image, channels: int, wanted: tuple[int, int]) -> Image.Image:
-    """Return the decoded picture as 8-bit "L" or "RGB", EXIF rotation applied.
-
-    Args:
-        image: As opened.
-        channels: 1 or 3.
-        wanted: Width and height that the stored picture may be shrunk to while a JPEG is decoded.
-    """
-    orientation = _orientation(image)
-    image.draft(None, wanted)
-    plain = _plain(image, "L" if channels == 1 else "RGB")
-    turn = _TURNS.get(orientation)
-    return plain if turn is None else plain.transpose(turn)
-
-
-class _Enough(Exception):  # noqa: N818 - no error
-    """What is wanted of a picture is decoded."""
-
-
-def _load_down_to(image: Any, row: int) -> None:  # noqa: ANN401 - Pillow does not tell the types of its plugins' hooks
-    """Load a JPEG until `row` is decoded, at the latest to its end; what lies below may stay black.
-
-    A large photograph's crop ends at six sevenths of its height on average. Pillow decodes a JPEG block by block as it
-    reads the file, each row once and whole; its plugins read through `load_read`.
-    """
-    read, line = image.load_read, (0, row, image.width, row + 1)
-
-    def reading(count: int) -> bytes:
-        # A row that is black by itself only means that more is read than needed.
-        if image.im.crop(line).getbbox() is not None:
-            raise _Enough
-        content: bytes = read(count)
-        return content
-
-    image.load_read = reading
-    try:
-        image.load()
-    except _Enough:
-        # As Pillow leaves it when it has loaded a picture.
-        image.tile = []
-
-
-def _plain(image: Image.Image, mode: str) -> Image.Image:
-    """Return `image` as 8-bit "L" or "RGB"."""
-    if image.mode == "F":
-        raise DataError(_FLOAT)
-    if image.mode.startswith("I"):
-        return _from_integers(image).convert(mode)
-    if image.has_transparency_data:
-        layers = image.convert("RGBA")
-        white = Image.new("RGBA", layers.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layers).convert(mode)
-    if image.mode == mode:
-        image.load()
-        return image
-    return image.convert(mode)
-
-
-def _from_integers(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8; Pillow's own conversion would clip it to white."""
-    values: NDArray[Any] = np.asarray(image)
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high > 0xFFFF:
-        raise DataError(f"32-bit values from {low} to {high}; save it as 8 or 16 bits")
-    return Image.fromarray(np.round(values.astype(np.float32) / 257.0).astype(np.uint8))
+    return interpolate(cut[None].permute(0, 3, 1, 2), size=(size, size), mode="bilinear", antialias=True)[0]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from cvtrain.data.picture import extensions, printable
+from cvtrain.core.folders import files_below, identity_of, is_picture, listing
+from cvtrain.core.picture import printable
 from cvtrain.errors import DataError
 
-_SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -47,11 +47,11 @@ def scan(root: str) -> Scan:
 
 
 def _scan(root: str) -> Scan:
-    folders, loose = _listing(root)
+    folders, loose = listing(root)
     result = Scan(root, {})
     for split, name in _layout(root, folders, result.notes).items():
         base = os.path.join(root, name) if name else root  # noqa: PTH118 - may be no text
-        classes, here = (folders, loose) if not name else _listing(base)
+        classes, here = (folders, loose) if not name else listing(base)
         if not classes:
             raise DataError(_no_classes(base, here))
         ignored: list[str] = []
@@ -61,30 +61,13 @@ def _scan(root: str) -> Scan:
                 f"{len(ignored)} file(s) in {name or 'the folder'} are no pictures by name, such as "
                 f"{printable(ignored[0])}"
             )
-        stray = [path for path in here if _is_picture(path)]
+        stray = [path for path in here if is_picture(path)]
         if stray:
             result.notes.append(
                 f"{len(stray)} picture(s) in {printable(base)} lie in no class and are left out, such as "
                 f"{printable(stray[0])}"
             )
     return result
-
-
-def _listing(folder: str) -> tuple[list[str], list[str]]:
-    """Return the names of folders and of other entries, sorted, hidden and system ones left out."""
-    folders: list[str] = []
-    others: list[str] = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FILES:
-                continue
-            try:
-                is_folder = entry.is_dir()
-            # A link to itself.
-            except OSError:
-                is_folder = False
-            (folders if is_folder else others).append(entry.name)
-    return sorted(folders), sorted(others)
 
 
 def _layout(root: str, folders: list[str], notes: list[str]) -> dict[str, str]:
@@ -115,37 +98,18 @@ def _layout(root: str, folders: list[str], notes: list[str]) -> dict[str, str]:
 
 def _pictures(root: str, base: str, classes: list[str], ignored: list[str]) -> dict[str, list[str]]:
     """Return class -> paths relative to `root`, following links but entering no real folder twice."""
-    visited = {_identity(root), _identity(base)}
+    visited = {identity_of(root), identity_of(base)}
     found: dict[str, list[str]] = {}
     for name in classes:
-        paths: list[str] = []
-        pending = [os.path.join(base, name)]  # noqa: PTH118 - may be no text
-        while pending:
-            folder = pending.pop()
-            identity = _identity(folder)
-            if identity in visited:
-                continue
-            visited.add(identity)
-            inner, files = _listing(folder)
-            pending.extend(os.path.join(folder, sub) for sub in reversed(inner))  # noqa: PTH118
-            for file in files:
-                path = os.path.relpath(os.path.join(folder, file), root)  # noqa: PTH118
-                (paths if _is_picture(file) else ignored).append(path)
-        found[name] = sorted(paths)
+        folder = os.path.join(base, name)  # noqa: PTH118 - may be no text
+        paths = [os.path.relpath(path, root) for path in files_below(folder, visited)]
+        found[name] = sorted(path for path in paths if is_picture(path))
+        ignored += [path for path in paths if not is_picture(path)]
     return found
 
 
-def _identity(folder: str) -> tuple[int, int]:
-    status = os.stat(folder)  # noqa: PTH116 - may be no text
-    return status.st_dev, status.st_ino
-
-
-def _is_picture(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in extensions()  # noqa: PTH122 - may be no text
-
-
 def _no_classes(base: str, here: list[str]) -> str:
-    pictures = sum(_is_picture(name) for name in here)
+    pictures = sum(is_picture(name) for name in here)
     found = f"{pictures} picture(s) lie directly in it" if pictures else "it is empty"
     if here and not pictures:
         found = f"{len(here)} file(s) lie directly in it, no picture among them"

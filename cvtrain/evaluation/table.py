@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cvtrain.core import index
 from cvtrain.core.artifact import Artifact
 from cvtrain.core.files import write_atomic
-from cvtrain.core.runtimes import RUNTIMES
-from cvtrain.errors import WeightsError
 
 _CHUNK = 1 << 20
 
@@ -98,19 +97,13 @@ class Bytes:
 def weigh(path: Path) -> Bytes:
     """Read an artifact once and tell its size and hash."""
     size, gzipped, digest, packer = 0, 0, hashlib.sha256(), zlib.compressobj(wbits=31)
-    for part in _parts(path):
+    for part in index.parts(path):
         with part.open("rb") as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 size += len(chunk)
                 gzipped += len(packer.compress(chunk))
     return Bytes(size, gzipped + len(packer.flush()), digest.hexdigest())
-
-
-def _parts(path: Path) -> list[Path]:
-    """Return a file and its companion: `.data` of an ONNX above 2 GB, `.bin` of an OpenVINO `.xml`."""
-    beside = path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(path.name + ".data")
-    return [path, beside] if beside.is_file() else [path]
 
 
 def write_artifacts_csv(rows: Sequence[ProofRow], path: Path) -> None:
@@ -146,39 +139,7 @@ def read_artifacts_csv(path: Path) -> list[Artifact]:
     Raises:
         WeightsError: The table is missing, damaged or of an older cvtrain; a file is missing or has changed.
     """
-    try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        if not rows:
-            raise ValueError("no rows")
-        entries = [(_artifact(row, path.parent), row["sha256"]) for row in rows]
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError) as error:
-        raise WeightsError(
-            f"{path} is no list of artifacts ({type(error).__name__}: {error}): missing, damaged or of an older "
-            "cvtrain.\nRun the training again."
-        ) from error
-    for artifact, digest in entries:
-        lost = "delete the table" if artifact is entries[0][0] else f"take the line of {artifact.name!r} out of {path}"
-        fix = f"Bring it back, or {lost}."
-        if not artifact.path.is_file():
-            raise WeightsError(f"{artifact.path} is missing, which {path} names.\n{fix}")
-        now = weigh(artifact.path).sha256
-        if now != digest:
-            raise WeightsError(
-                f"{artifact.path} has changed since it was proved: SHA-256 {now[:12]}…, not {digest[:12]}….\n{fix}"
-            )
-    return [artifact for artifact, _ in entries]
-
-
-def _artifact(row: dict[str, str], folder: Path) -> Artifact:
-    if row["runtime"] not in RUNTIMES or row["exact"] not in ("true", "false"):
-        raise ValueError(f"runtime {row['runtime']}, exact {row['exact']}")
-    return Artifact(
-        name=row["artifact"],
-        path=folder / row["file"],
-        runtime=row["runtime"],
-        params=int(row["params"]),
-        macs=int(row["macs"]),
-        exact=row["exact"] == "true",
-        note=row["note"],
-    )
+    entries = index.read_index(path)
+    for entry in entries:
+        index.check(entry, path)
+    return [entry.artifact for entry in entries]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
-from importlib import resources
-from typing import Any
 
 from PIL import Image
 
+from cvtrain.core import html
 from cvtrain.inspection.findings import Duplicates, Findings
 from cvtrain.inspection.views import SPLITS, thumbnail
 
@@ -47,14 +44,8 @@ def page(title: str, found: Findings, batch: Sequence[tuple[Image.Image, Image.I
         _channels(found),
         _batch(batch),
     ]  # fmt: skip
-    style = (resources.files("cvtrain.inspection") / "page.css").read_text(encoding="utf-8")
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>check: {name}</title>\n'
-        f"<style>\n{style}</style>\n</head>\n<body>\n<header>\n<h1>{name}</h1>\n{_verdict(found)}\n</header>\n<main>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    body = f"<header>\n<h1>{name}</h1>\n{_verdict(found)}\n</header>\n<main>\n" + "\n".join(sections) + "\n</main>"
+    return html.document(f"check: {title}", body, html.asset("cvtrain.inspection", "page.css"))
 
 
 def _verdict(found: Findings) -> str:
@@ -66,10 +57,10 @@ def _verdict(found: Findings) -> str:
     tone = "bad" if found.failed else "good"
     words = ", ".join(problem for problem in problems if not problem.startswith("no "))
     counts = found.sets.counts()
-    tiles = [(str(counts[split]), split) for split in SPLITS] + [(str(found.sets.num_classes), "classes")]
+    tiles = [*((split, str(counts[split])) for split in SPLITS), ("classes", str(found.sets.num_classes))]
     return (
         f'<p class="verdict {tone}">{escape(words[:1].upper() + words[1:] or "Nothing that stops a training")}.</p>\n'
-        f'<dl class="tiles">{"".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for value, label in tiles)}</dl>'
+        + html.tiles(tiles)
     )
 
 
@@ -77,26 +68,22 @@ def _counted(count: int, noun: str) -> str:
     return f"{count or 'no'} {noun}{'s' * (count != 1)}"
 
 
-def _section(title: str, anchor: str, body: str) -> str:
-    return f'<section id="{anchor}">\n<h2>{escape(title)}</h2>\n{body}\n</section>'
-
-
 def _unreadable(found: Findings) -> str:
     if not found.unreadable:
-        return _section("Unreadable pictures", "unreadable", "<p>Every picture can be read.</p>")
+        return html.section("Unreadable pictures", "unreadable", "<p>Every picture can be read.</p>")
     rows = [line.rpartition(": ")[::2] for line in found.unreadable[:_LINES_SHOWN]]
     more = len(found.unreadable) - len(rows)
     note = f"<p>{more} more are in check.json.</p>" if more > 0 else ""
-    return _section("Unreadable pictures", "unreadable", _table(("picture", "reason"), rows) + note)
+    return html.section("Unreadable pictures", "unreadable", html.table(("picture", "reason"), rows) + note)
 
 
 def _groups(found: Findings, title: str, anchor: str, groups: Sequence[Duplicates], none: str) -> str:
     if not groups:
-        return _section(title, anchor, f"<p>{none}</p>")
+        return html.section(title, anchor, f"<p>{none}</p>")
     body = f'<div class="groups">{"".join(_group(found, group) for group in groups[:GROUPS_SHOWN])}</div>'
     more = len(groups) - GROUPS_SHOWN
     note = f"<p>{more} more groups are in check.json.</p>" if more > 0 else ""
-    return _section(f"{title}: {len(groups)}", anchor, body + note)
+    return html.section(f"{title}: {len(groups)}", anchor, body + note)
 
 
 def _group(found: Findings, duplicates: Duplicates) -> str:
@@ -125,7 +112,7 @@ def _classes(found: Findings) -> str:
     heads = "".join(f'<th scope="col" class="n {split}">{split}</th>' for split in SPLITS)
     more = len(found.classes) - len(rows)
     note = f"<p>{more} more classes are in check.json.</p>" if more > 0 else ""
-    return _section(
+    return html.section(
         "Pictures of each class", "classes",
         f'<div class="wide"><table><thead><tr><th scope="col">class</th><th class="bars"></th>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>{note}",
@@ -140,10 +127,10 @@ def _sizes(found: Findings) -> str:
     rows.append(("width / height", *(f"{sizes['aspect'][key]:.2f}" for key in keys)))
     whose = "" if found.views.content else "As the model reads them. "
     common = ", ".join(f"{size['width']} × {size['height']} ({size['count']})" for size in sizes["common"])
-    return _section(
+    return html.section(
         "Sizes",
         "sizes",
-        _table(heads, rows, "numbers") + f"<p>{whose}{sizes['different']} different; most frequent: {common}.</p>",
+        html.table(heads, rows, "numbers") + f"<p>{whose}{sizes['different']} different; most frequent: {common}.</p>",
     )
 
 
@@ -157,7 +144,7 @@ def _channels(found: Findings) -> str:
         for name, channel in zip(names, found.channels, strict=True)
     ]
     text = "<p>Of the training pictures as the model reads them, in 0..1.</p>"
-    return _section("Channels", "channels", text + _table(heads, rows, "numbers"))
+    return html.section("Channels", "channels", text + html.table(heads, rows, "numbers"))
 
 
 def _batch(batch: Sequence[tuple[Image.Image, Image.Image, str]]) -> str:
@@ -166,28 +153,8 @@ def _batch(batch: Sequence[tuple[Image.Image, Image.Image, str]]) -> str:
         + _figure(after, f"the same picture of {label}, augmented", "augmented")
         for before, after, label in batch
     )
-    return _section("An augmented batch", "augmented", f'<div class="pictures">{figures}</div>')
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "words") -> str:
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(text)}</td>" for text in row[1:])}</tr>'
-        for row in rows
-    )
-    return f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return html.section("An augmented batch", "augmented", f'<div class="pictures">{figures}</div>')
 
 
 def _figure(image: Image.Image, text: str, caption: str) -> str:
-    return (
-        f'<figure><img src="{_data_uri(image)}" width="{image.width}" height="{image.height}" '
-        f'alt="{escape(text, quote=True)}"><figcaption>{caption}</figcaption></figure>'
-    )
-
-
-def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    settings: dict[str, Any] = {"quality": 80} if image.mode == "RGB" else {}
-    image.save(buffer, "JPEG" if image.mode == "RGB" else "PNG", **settings)
-    kind = "jpeg" if image.mode == "RGB" else "png"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"<figure>{html.picture(image, text)}<figcaption>{caption}</figcaption></figure>"

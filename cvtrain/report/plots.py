@@ -36,7 +36,8 @@ def save(figure: Figure, path: Path) -> NDArray[np.uint8]:
 
 def curves(history: Sequence[dict[str, float]], path: Path) -> NDArray[np.uint8]:
     """Draw loss, accuracy and learning rate against the epoch; return the picture `(H, W, 3)`."""
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(11, 3.2))
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.15, top=0.91, wspace=0.2)
     axes = figure.subplots(1, 3)
     epochs = np.arange(1, len(history) + 1)
     for axis, name in zip(axes[:2], ("loss", "acc"), strict=True):
@@ -53,20 +54,38 @@ def curves(history: Sequence[dict[str, float]], path: Path) -> NDArray[np.uint8]
     return save(figure, path)
 
 
-def confusion(matrix: NDArray[np.int64], names: Sequence[str], path: Path, normalize: bool) -> NDArray[np.uint8]:
-    """Draw a confusion matrix `(K, K)`, rows true classes; return the picture `(H, W, 3)`."""
+def confusion(
+    matrix: NDArray[np.int64], names: Sequence[str], path: Path, normalize: bool, what: str = "test pictures"
+) -> NDArray[np.uint8]:
+    """Draw a confusion matrix `(K, K)`, rows true classes; return the picture `(H, W, 3)`.
+
+    Args:
+        matrix: Counts.
+        names: K class names; written up to 100 classes.
+        path: The file.
+        normalize: Whether to show each row as shares of it.
+        what: What was counted, for the title.
+    """
     values = matrix / np.maximum(matrix.sum(1, keepdims=True), 1) if normalize else matrix
     k = len(names)
-    side = min(14.0, 3.2 + 0.42 * k)
-    figure = Figure(figsize=(1.08 * side, side), layout="constrained")
-    axis = figure.subplots()
-    image = axis.imshow(values, cmap="Blues", vmin=0)
-    figure.colorbar(image, ax=axis, fraction=0.045)
+    square = max(2.6, min(11.0, 0.42 * k))
+    shown = [name if len(name) <= 24 else f"{name[:12]}…{name[-11:]}" for name in names] if k <= 100 else []
+    size = min(10.0, 0.75 * 72 * square / k)  # lines of text that do not touch
+    length = 0.62 / 72 * size * max(map(len, shown), default=0)
+    turned = length > 0.8 * square / k
+    # Places in inches: to have them found takes longer than everything else.
+    left, below = 0.6 + length, 0.6 + (length if turned else size / 72)
+    width, height = left + square + 1.1, below + square + 0.45
+    figure = Figure(figsize=(width, height))
+    axis = figure.add_axes((left / width, below / height, square / width, square / height))
+    image = axis.imshow(values, cmap="Blues", vmin=0, vmax=1 if normalize else None)
+    bar = figure.add_axes(((left + square + 0.15) / width, below / height, 0.17 / width, square / height))
+    figure.colorbar(image, cax=bar, label="share of the true class" if normalize else "pictures")
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
-    if k <= 40:
-        axis.set_xticks(range(k), names, rotation=90 if max(map(len, names)) > 2 else 0)
-        axis.set_yticks(range(k), names)
+    if shown:
+        axis.set_xticks(range(k), shown, rotation=90 if turned else 0, fontsize=size)
+        axis.set_yticks(range(k), shown, fontsize=size)
     if k <= 20:
         threshold = values.max() / 2
         for i, j in zip(*np.nonzero(matrix), strict=True):
@@ -74,7 +93,52 @@ def confusion(matrix: NDArray[np.int64], names: Sequence[str], path: Path, norma
             axis.text(
                 j, i, text, ha="center", va="center", fontsize=8, color="white" if values[i, j] > threshold else INK
             )
-    axis.set_title(f"{int(matrix.sum())} test pictures, {int(np.trace(matrix))} right")
+    axis.set_title(f"{int(matrix.sum()):,} {what}, {int(np.trace(matrix)):,} right", fontsize=11)
+    return save(figure, path)
+
+
+def reliability(panels: Sequence[tuple[str, Any, float]], path: Path) -> NDArray[np.uint8]:
+    """Draw how often answers are right against how sure they are; return the picture `(H, W, 3)`.
+
+    Below, which share of the answers each bin of confidence holds.
+
+    Args:
+        panels: Side by side: what they are, the evaluation.Reliability of probabilities, and their expected
+            calibration error.
+        path: The file.
+    """
+    width = 0.8 + 4.0 * len(panels)
+    figure = Figure(figsize=(width, 5.1))
+    grid = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False, height_ratios=(3.2, 1))
+    figure.subplots_adjust(left=0.75 / width, right=1 - 0.2 / width, bottom=0.16, top=0.94, hspace=0.1, wspace=0.12)
+    for column, (title, bins, error) in enumerate(panels):
+        upper, lower = grid[:, column]
+        edges = np.linspace(0, 1, len(bins.count) + 1)
+        middle, step = (edges[1:] + edges[:-1]) / 2, edges[1]
+        upper.bar(middle, bins.accuracy, step, color="#8fb4ea", edgecolor="white", lw=0.6)
+        spread = np.maximum(0, (bins.accuracy - bins.low, bins.high - bins.accuracy))
+        upper.errorbar(
+            *(bins.confidence, bins.accuracy, spread),
+            fmt="o",
+            color=TRAIN,
+            ms=4,
+            lw=1.3,
+            label="share that is right, 95 %",
+        )
+        upper.plot((0, 1), (0, 1), color=INK, lw=1, ls="--", label="as sure as right")
+        upper.set_ylim(0, 1.02)
+        upper.set_title(f"{title}: ECE {error:.4f}", fontsize=10.5)
+        lower.bar(middle, bins.count / max(1, bins.count.sum()), step, color="#8a95a1", edgecolor="white", lw=0.6)
+        lower.set_ylim(0, 1)
+        lower.set_xlim(0, 1)
+        lower.set_xlabel("confidence of the answer")
+        for axis in (upper, lower):
+            axis.grid(alpha=0.25)
+            axis.set_axisbelow(True)
+            axis.spines[["top", "right"]].set_visible(False)
+    grid[0, 0].set_ylabel("accuracy")
+    grid[1, 0].set_ylabel("share of\nanswers")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="lower center", ncols=2, frameon=False, fontsize=8.5)
     return save(figure, path)
 
 

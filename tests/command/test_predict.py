@@ -9,13 +9,16 @@ import sys
 import numpy as np
 import pytest
 import ugly
+from artifact_files import described, write_linear
 from command_line import run_cvtrain
-from finished_folder import COLOURS, write_nearest
+from finished_folder import COLOURS, write_nearest, write_run
 from PIL import Image
 from teacher_file import write_teacher
 
 from cvtrain import errors
 from cvtrain.command.predict import run as predict
+from cvtrain.compose import Composer
+from cvtrain.core.artifact import Artifact
 from cvtrain.core.picture import printable
 from cvtrain.core.types import Preprocess
 
@@ -44,7 +47,14 @@ def photos(tmp_path, monkeypatch):
 
 
 def config(model, source, **changes):
-    keys = {"run": None, "weights": str(model), "artifact": "auto", "source": source, "topk": 1, "batch_size": 3}
+    keys = {
+        "run": None,
+        "weights": model and str(model),
+        "artifact": "auto",
+        "source": source,
+        "topk": 1,
+        "batch_size": 3,
+    }
     keys |= {"on_error": "fail", "output": None, "format": "auto", "threads": 1, "device": "auto", "json": False}
     return {**keys, **changes}
 
@@ -188,7 +198,8 @@ def test_a_source_that_stands_for_nothing_is_an_error_before_the_model_is_loaded
     stdin(monkeypatch, b"")
     for source in ("empty", "-"):
         with pytest.raises(errors.DataError, match="no picture there"):
-            predict(config(model, source), [])
+            predict(config(model, source, output="out.csv"), [])
+    assert not list(photos.parent.glob("out.*"))
     assert capsys.readouterr().out == ""
 
 
@@ -246,46 +257,49 @@ def test_an_onnx_file_answers_from_the_command_line_without_torch(model, photos)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of two epochs on files of three classes, not square and larger than the model's input."""
-    root = tmp_path_factory.mktemp("trained")
+def finished(tmp_path_factory):
+    """A run on files of three classes, not square and larger than the models' input, and its winner in ONNX."""
+    root = tmp_path_factory.mktemp("finished")
     rng = np.random.default_rng(0)
-    for k, name in enumerate(("left", "middle", "right")):
+    for name in ("left", "middle", "right"):
         (root / "data" / name).mkdir(parents=True)
         for number in range(24):
-            pixels = rng.normal(110, 50, (20, 29, 3))
-            pixels[:, 5 + 6 * k : 11 + 6 * k] += 20
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / "data" / name / f"{number:02}.png")
-    answer = run_cvtrain(
-        root, "data=folder", f"data.root={root / 'data'}", "model=simple_cnn", "img_size=16", "epochs=2",
-        "batch_size=16", "compression=none", "export=[onnx]", "logger=none", "device=cpu", "threads=1", "workers=0",
-        "json=true",
-    )  # fmt: skip
-    assert answer.code == 0, answer.err
-    return answer.folder, root / "data"
+            pixels = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((29, 20)).save(root / "data" / name / f"{number:02}.png")
+    prepared = Preprocess(16, 18, 3, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    described_as = described(["right", "left", "middle"], prepared, temperature="1.6")  # in an order of its own
+    network = write_teacher(root / "run" / "weights" / "model.safetensors", ["left", "middle", "right"], prepared)
+    weight = rng.normal(0, 0.05, (3, 3 * 16**2))
+    exported = write_linear(root / "run" / "export" / "model.onnx", weight, np.zeros(3), described_as)
+    rows = [(Artifact("fp32", network, "torch", 0, 0), 2.0), (exported, 1.0)]
+    write_run(root / "run", rows, winner="onnx")
+    overrides = ["data=folder", f"data.root={root / 'data'}", "img_size=16", "logger=none", "workers=0", "threads=1"]
+    settings = Composer("train", None).check(overrides, [])[1]
+    (root / "run" / "args.yaml").write_text(json.dumps(settings))  # which is YAML too
+    return root / "run", root / "data"
 
 
-@pytest.mark.parametrize("artifact", ["auto", "onnx", "fp32"])
-def test_the_probabilities_of_a_run_are_those_that_val_measures(trained, artifact, capsys):
+@pytest.mark.parametrize("artifact", ["auto", "fp32"])
+def test_the_probabilities_of_a_run_are_those_that_val_measures(finished, artifact, capsys):
     from cvtrain.command import answers
 
-    folder, root = trained
+    folder, root = finished
     run = answers.open_run(folder, {"device": "cpu"}, [])
-    winner = json.loads((folder / "metrics.json").read_text())["winner"]
-    measured = answers.answer(run, run.artifact(winner if artifact == "auto" else artifact), "test", 1)
-    assert measured.temperature != 1
+    measured = answers.answer(run, run.artifact("onnx" if artifact == "auto" else artifact), "test", 1)
+    assert measured.temperature == (1.6 if artifact == "auto" else 1.0)
     paths = [str(root / name) for name in measured.names]
     given = config(None, paths, run=str(folder), artifact=artifact, topk=3, device="cpu", json=True)
     assert predict(given, []) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["file"] for row in rows] == paths
+    assert len({row["probability"] for row in rows}) == len(rows) > 9
     for row, expected in zip(rows, measured.probabilities.tolist(), strict=True):
         told = {row[f"label{mark}"]: row[f"probability{mark}"] for mark in ("", "_2", "_3")}
         assert [told[name] for name in measured.class_names] == pytest.approx(expected, abs=2e-5)
 
 
-def test_from_the_command_line_a_run_answers_with_its_winner(trained):
-    folder, root = trained
+def test_from_the_command_line_a_run_answers_with_its_winner(finished):
+    folder, root = finished
     answer = run_cvtrain(root.parent, "predict", f"run={folder}", "source=data/left", "format=jsonl", "topk=5")
     assert (answer.code, answer.err) == (0, "")
     assert len(answer.out.splitlines()) == 24

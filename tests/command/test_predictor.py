@@ -56,6 +56,7 @@ def test_without_a_winner_auto_takes_the_fastest_with_the_models_own_answers(run
 
 def test_without_exports_auto_takes_the_weights(tmp_path):
     folder = write_run(tmp_path / "run")
+    write_teacher(folder / "weights" / "model.safetensors", list(COLOURS), PREPARED)
     found = Predictor(folder)
     assert (found.artifact.runtime, found.artifact.path) == ("torch", folder / "weights" / "model.safetensors")
     assert Predictor(folder, artifact="fp32").artifact == found.artifact

@@ -209,3 +209,12 @@ def test_without_an_error_there_is_no_sheet_of_errors(tmp_path):
     write_evaluation(tmp_path, Evaluation(metrics, logits, labels, names, ["a", "b", "c"], pictures=lambda _: None))
     assert not (tmp_path / "errors.png").exists()
     assert (tmp_path / "reliability.png").exists()
+
+
+def test_logits_that_are_not_numbers_leave_files_all_the_same(tmp_path):
+    labels, logits = np.arange(30) % 3, torch.full((30, 3), torch.nan)
+    metrics = measured(logits, torch.from_numpy(labels))
+    names = [str(i) for i in range(30)]
+    write_evaluation(tmp_path, Evaluation(metrics, logits, labels, names, ["a", "b", "c"]))
+    assert len(table(tmp_path / "predictions.csv")) == 30
+    assert (tmp_path / "reliability.png").exists()

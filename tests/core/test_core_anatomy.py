@@ -8,7 +8,6 @@ from torchvision import models
 from cvtrain.core.anatomy import (
     classifier,
     first_convolution,
-    last_convolution,
     norm_layers,
     replace_module,
     residual_branches,
@@ -111,26 +110,6 @@ def test_the_first_convolution_and_its_pool_are_found_and_replaced():
         first_convolution(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
 
 
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [
-        ("resnet18", "layer4.1.conv2"),
-        ("squeezenet1_1", "features.12.expand3x3"),  # not the classifier, which is a convolution
-        ("mobilenet_v3_small", "features.12.0"),  # not one of squeeze-and-excitation
-        pytest.param("vit_b_16", "conv_proj", marks=pytest.mark.slow),
-    ],
-)
-def test_the_last_convolution_that_still_tells_places_apart_is_found_at_every_size(name, path):
-    with torch.device("meta"):
-        model = models.get_model(name, weights=None)
-    for size in (32, 224) if name != "vit_b_16" else (224,):
-        found, module = last_convolution(model, (3, size, size))
-        assert found == path
-        assert module is model.get_submodule(path)
-    with pytest.raises(ConfigError, match="Sequential has no 2-D convolution before its logits"):
-        last_convolution(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), (1, 2, 2))
-
-
 class Crossed(nn.Module):
     """Runs in another order than it is written down, with a projection that runs last and a head for nothing."""
 
@@ -148,11 +127,10 @@ class Crossed(nn.Module):
         return logits
 
 
-def test_first_and_last_are_told_by_what_runs_and_goes_into_the_logits():
+def test_the_first_and_the_classifier_are_told_by_what_runs_and_goes_into_the_logits():
     model = Crossed()
     assert first_convolution(model, (1, 8, 8))[0] == "first"
     assert first_convolution(model)[0] == "shortcut"
-    assert last_convolution(model, (1, 8, 8))[0] == "deep"
     assert classifier(model, (1, 8, 8)) == "head"
 
 

@@ -97,11 +97,19 @@ def test_weights_are_the_same_where_nothing_is_to_be_learnt():
         np.testing.assert_allclose(fit_weights(members, labels[: len(members[0])]), [0.5, 0.5])
 
 
-def test_one_sure_error_does_not_make_the_loss_infinite():
+def test_an_error_of_which_all_are_sure_does_not_keep_the_rest_from_being_weighed():
     labels = np.zeros(50, np.int64)
-    good, sure = torch.full((50, 2), 0.5), torch.eye(2)[torch.tensor([0] * 49 + [1])]
-    found = fit_weights([good, sure], labels)
-    assert 0 < found[0] < 0.2  # the one that errs once in fifty is right too often to be left out
+    good, blurred = torch.full((50, 2), 0.5), torch.full((50, 2), 0.5)
+    good[:, 0], good[:, 1] = 0.9, 0.1
+    good[7] = blurred[7] = torch.tensor([0.0, 1.0])
+    np.testing.assert_allclose(fit_weights([blurred, good], labels), [0, 1], atol=1e-6)
+
+
+def test_who_is_sure_and_errs_once_in_fifty_is_taken_with_a_grain_of_the_others():
+    labels = np.zeros(50, np.int64)
+    even, sure = torch.full((50, 2), 0.5), torch.eye(2)[torch.tensor([0] * 49 + [1])]
+    # Where 49 log(1 - w / 2) + log(w / 2) is largest.
+    np.testing.assert_allclose(fit_weights([even, sure], labels), [0.04, 0.96], atol=1e-4)
 
 
 def test_a_comparison_says_which_is_better_only_when_the_pictures_can_tell():

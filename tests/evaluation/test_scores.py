@@ -159,19 +159,22 @@ def test_a_draw_is_scikit_learns_value_on_the_pictures_drawn():
 
 
 def test_intervals_hold_the_true_value_as_often_as_they_say():
-    """150 test sets of 250 pictures from one population, whose true metrics a set of 60,000 tells."""
-    truth_labels, truth_logits = one_class(60_000, 4, seed=1, sure=1.0)
-    truth = expected_one_class(truth_labels, truth_logits, 1.0)
+    """150 test sets of 250 pictures from one population, whose true metrics a set of 60,000 tells.
+
+    At the temperature 1 / 1.6 its probabilities are right: percentiles of draws would never hold so small an error.
+    """
+    truth = expected_one_class(*one_class(60_000, 4, seed=1, sure=1.0), 1 / 1.6)
+    assert truth["ece"] < 0.01 < 0.1 < truth["ece_uncalibrated"]
     rounds = 150
     held = dict.fromkeys(truth, 0)
     widths = {name: [] for name in truth}
     for seed in range(rounds):
-        found = score(*one_class(250, 4, seed=100 + seed, sure=1.0)).intervals
+        found = score(*one_class(250, 4, seed=100 + seed, sure=1.0), 1 / 1.6).intervals
         for name, (low, high) in found.items():
             held[name] += low <= truth[name] <= high
             widths[name].append(high - low)
     for name, count in held.items():
-        assert 0.90 * rounds <= count < rounds, (name, count)
+        assert (0.88 if "ece" in name else 0.90) * rounds <= count < rounds, (name, count)
         assert np.mean(widths[name]) < (0.25 if name == "loss" else 0.15), name
 
 

@@ -94,24 +94,28 @@ def swin():
     )
 
 
+def plain():
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 64, 4))
+
+
 def dense():
     return torchvision.models.DenseNet(growth_rate=4, block_config=(2, 2), num_init_features=8, num_classes=4)
 
 
 NETWORKS = {
     # The sum behind the last block, not the convolution on its branch.
-    "resnet18": (lambda: torchvision.models.resnet18(num_classes=4), 128, "layer4"),
+    "timm resnet": (lambda: timm.create_model("test_resnet", num_classes=4), 128, "layer4"),
     # Below 4×4 the stage before is asked.
-    "resnet18 on small pictures": (lambda: torchvision.models.resnet18(num_classes=4), 64, "layer3"),
+    "timm resnet on small pictures": (lambda: timm.create_model("test_resnet", num_classes=4), 64, "layer3"),
     # All channels, not the four that the last convolution adds.
     "densenet": (dense, 128, "features"),
-    "mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(num_classes=4), 128, "features"),
-    "vgg11": (lambda: torchvision.models.vgg11(num_classes=4), 64, "features.19"),  # in front of the last pooling
+    "plain": (plain, 32, "4"),  # in front of the last pooling
     "swin": (swin, 32, "permute"),
     # Only the class token of the last block is read.
     "vit": (vit, 32, "encoder.layers.encoder_layer_1"),
     "timm vit": (lambda: timm.create_model("test_vit", num_classes=4), 160, "blocks.4"),
-    "timm efficientnet": (lambda: timm.create_model("test_efficientnet", num_classes=4), 160, "bn2"),
     "timm convnext": (lambda: timm.create_model("test_convnext", num_classes=4), 160, "stages"),
 }
 

@@ -253,7 +253,8 @@ def test_a_table_of_labels_is_trained_measured_again_and_predicted_from_the_comm
     assert {"test/map", "test/hamming", "val/f1_micro"} <= set(answer.json["metrics"])
     again = cvtrain("val", f"run={answer.folder}", "json=true")
     assert again.json["metrics"]["test/map"] == pytest.approx(answer.json["metrics"]["test/map"])
-    assert again.json["acc_95"][0] <= answer.json["metrics"]["test/acc"] <= again.json["acc_95"][1]
+    low, high = again.json["intervals_95"]["test/acc"]
+    assert low <= answer.json["metrics"]["test/acc"] <= high
     told = cvtrain("predict", f"run={answer.folder}", "source=photos", "json=true")
     assert {name for row in json.loads(told.last) for name in row["labels"]} <= set(NAMES)
     wrong = cvtrain(*data, *rest[:-1])
