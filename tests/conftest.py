@@ -14,6 +14,7 @@ from command_line import run_cvtrain
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which a run ignores it, may have started the tests
+signal.signal(signal.SIGINT, signal.default_int_handler)  # and a shell in the background, this
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cvtrain-tests-")  # what a run remembers is not the user's
 # TensorBoard's logging closes the stream that it began with, which is pytest's, when Hydra sets up logging in a test
 # that has put another in the place of standard error.

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from cvtrain import runs
+from cvtrain.aug.views import answer_views, views
 from cvtrain.command.answers import Answers, FinishedRun, View, answer, open_run
 from cvtrain.command.results import Evaluation, write_evaluation
 from cvtrain.core.artifact import Artifact
@@ -29,7 +30,6 @@ from cvtrain.errors import EXIT_OK, ConfigError, DataError
 from cvtrain.evaluation.calibration import to_logits
 from cvtrain.evaluation.ensembles import Difference, average, compare, fit_weights, vote
 from cvtrain.evaluation.scores import Scores, difference
-from cvtrain.evaluation.views import answer_views, views
 from cvtrain.report.console import attach_log, make_console
 from cvtrain.report.scores import ScoreRow, scores_table
 
@@ -338,7 +338,7 @@ def answer_augmented(
         artifact: One of its artifacts.
         split: `train`, `val` or `test`.
         threads: CPU threads inside one operator.
-        names: Of `evaluation.views.VIEWS`.
+        names: Of `aug.views.VIEWS`.
 
     Returns:
         The answers to the pictures as they are, and the mean of the calibrated probabilities over all views, whose

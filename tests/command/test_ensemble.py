@@ -11,6 +11,7 @@ import torch
 from command_line import run_cvtrain
 from sklearn.metrics import accuracy_score
 
+from cvtrain.aug.views import views
 from cvtrain.command.answers import Answers, FinishedRun, answer, open_run
 from cvtrain.command.ensemble import (
     Member,
@@ -27,7 +28,6 @@ from cvtrain.core.artifact import TORCH, Artifact
 from cvtrain.core.types import DataSets, Preprocess
 from cvtrain.data import ArraySource
 from cvtrain.errors import ConfigError, DataError
-from cvtrain.evaluation.views import views
 
 TINY = (
     "epochs=2",

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
+from cvtrain.aug.views import VIEWS, answer_views, views
 from cvtrain.errors import ConfigError
-from cvtrain.evaluation.views import VIEWS, answer_views, views
 
 EXPECTED = {
     "identity": lambda images: images,
