@@ -87,7 +87,7 @@ def confusion(
         axis.set_xticks(range(k), shown, rotation=90 if turned else 0, fontsize=size)
         axis.set_yticks(range(k), shown, fontsize=size)
     if k <= 20:
-        threshold = values.max() / 2
+        threshold = 0.55 * (1.0 if normalize else values.max())
         for i, j in zip(*np.nonzero(matrix), strict=True):
             text = f"{values[i, j]:.2f}" if normalize else str(matrix[i, j])
             axis.text(
