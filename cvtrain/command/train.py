@@ -37,7 +37,7 @@ from cvtrain.engine.ranks import SharedStop
 from cvtrain.engine.run import TrainRun
 from cvtrain.engine.signals import StopRequest
 from cvtrain.engine.state import TERMS, TrainState
-from cvtrain.errors import ConfigError, CvtrainError, DataError, did_you_mean
+from cvtrain.errors import ConfigError, DataError, Interrupted, did_you_mean
 from cvtrain.evaluation import fit_temperature
 from cvtrain.logger import NoLogger
 from cvtrain.model.size import first_line, refusal
@@ -389,8 +389,10 @@ def _write_report(folder: Path, model: nn.Module, sets: DataSets) -> None:
     look = partial(report.error_pictures, source=sets.test, model=model, preprocess=sets.preprocess)
     try:
         report.write_report(folder, look)
-    except CvtrainError as error:
-        log.warning("%s is missing: %s", report.PAGE, error)
+    except Interrupted:
+        raise
+    except Exception as error:  # also a mistake in drawing it: what was trained and proved is worth more
+        log.warning("%s is missing: %s: %s", report.PAGE, type(error).__name__, error)
 
 
 def _temperature(run: TrainRun, sets: DataSets) -> float:
