@@ -51,9 +51,11 @@ def framed(title: str, header: str, sections: Mapping[str, str]) -> str:
 
 
 def title_of(run: RunFiles) -> str:
-    """Return what was trained on what, by the names of the options."""
-    choices = run.manifest.get("choices", {})
-    return f"{choices.get('model', 'model')} on {run.manifest.get('data', {}).get('name', 'data')}"
+    """Return what was trained on what: the network's name, or that of its option."""
+    node = run.config.get("model")
+    name = node.get("name") if isinstance(node, dict) else None
+    model = name or run.manifest.get("choices", {}).get("model", "model")
+    return f"{model} on {run.manifest.get('data', {}).get('name', 'data')}"
 
 
 def winner_of(run: RunFiles) -> dict[str, Any] | None:
