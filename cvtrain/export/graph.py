@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -66,10 +67,10 @@ class GraphExporter(Exporter):
         params, macs = count_params(model), count_macs(model, example)
         return Artifact(self.option, path, self.runtime, params, macs, note=self.note)
 
+    @abstractmethod
     def _write(self, prepared: Prepared, path: Path) -> tuple[int, ...]:
         """Write the file, and return the batch sizes that it takes.
 
         Raises:
             ExportError: The library cannot.
         """
-        raise NotImplementedError
