@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cvtrain.audit import audit
+from cvtrain.aug.views import View
 from cvtrain.build import Builder
 from cvtrain.command import deployed, worker
 from cvtrain.command.finished import MODEL, indexed
@@ -29,9 +30,6 @@ from cvtrain.errors import ConfigError, DataError, WeightsError, did_you_mean
 from cvtrain.evaluation.calibration import fit_temperature, to_logits, to_probabilities
 from cvtrain.runtime.prepare import class_names, temperature
 from cvtrain.schema import validate
-
-View = Callable[[Tensor], Tensor]
-"""Maps uint8 pictures `(B, C, resize, resize)` to the same shape: another look at each."""
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from rich.table import Table
 from torch import Tensor
 
 from cvtrain import runs
-from cvtrain.aug.views import answer_views, views
-from cvtrain.command.answers import Answers, FinishedRun, View, answer, open_run
+from cvtrain.aug.views import View, answer_views, views
+from cvtrain.command.answers import Answers, FinishedRun, answer, open_run
 from cvtrain.command.results import Evaluation, write_evaluation
 from cvtrain.core.artifact import Artifact
 from cvtrain.core.files import to_json_line, write_json
