@@ -1,4 +1,4 @@
-"""Reading one picture of unknown origin as an array, always with Pillow; torch-free.
+"""Reading one picture of unknown origin as an array, with Pillow or as it would; torch-free.
 
 torchvision's decoder crashes the process on damaged PNGs and knows no limit of size.
 """
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from cvtrain.core import jpeg
 from cvtrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -163,19 +164,31 @@ def read_box(
     with _errors(place or _place(content)), _opened(content, max_pixels) as image:
         turned = _orientation(image) >= 5
         width, height = image.size[::-1] if turned else image.size
-        top, left, rows, columns = choose((height, width))
-        shrink = max(size / rows, size / columns)
+        box = choose((height, width))
+        shrink = max(size / box[2], size / box[3])
         wanted = (math.ceil(width * shrink), math.ceil(height * shrink))
         wanted = wanted[::-1] if turned else wanted
         if image.format == "JPEG" and _orientation(image) == 1:
             image.draft(None, wanted)
-            y = image.height / height
-            _load_down_to(image, max(round((top + rows) * y), round(top * y) + 1) - 1)
+            first, last = _box_at(box, (width, height), image.size)
+            pixels = jpeg.decoded(image, last[1]) if channels == 3 else None
+            if pixels is not None:
+                return pixels[first[1] : last[1], first[0] : last[0]]
+            _load_down_to(image, last[1] - 1)
         upright = _upright(image, channels, wanted)
-        x, y = upright.width / width, upright.height / height
-        first = (min(round(left * x), upright.width - 1), min(round(top * y), upright.height - 1))
-        last = (max(round((left + columns) * x), first[0] + 1), max(round((top + rows) * y), first[1] + 1))
+        first, last = _box_at(box, (width, height), upright.size)
         return _pixels(upright.crop((*first, *last)))
+
+
+def _box_at(box: Box, size: tuple[int, int], scaled: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return where a box lies, at least one pixel of it, in a picture of `size` (width, height) that is now `scaled`.
+
+    The result is the (x, y) of its first pixel and of the one behind its last.
+    """
+    top, left, rows, columns = box
+    x, y = scaled[0] / size[0], scaled[1] / size[1]
+    first = (min(round(left * x), scaled[0] - 1), min(round(top * y), scaled[1] - 1))
+    return first, (max(round((left + columns) * x), first[0] + 1), max(round((top + rows) * y), first[1] + 1))
 
 
 def read_upright(
