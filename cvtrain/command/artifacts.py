@@ -49,7 +49,7 @@ log = logging.getLogger("cvtrain")
 class Training(Protocol):
     """What compression may ask of the training; see `finetuning.Recipe`."""
 
-    def finetune(self, model: nn.Module, epochs: int, teacher: nn.Module | None) -> None:
+    def finetune(self, model: nn.Module, epochs: int, lr: float, teacher: nn.Module | None) -> None:
         """Train `model` in place."""
         ...
 

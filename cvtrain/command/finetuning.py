@@ -30,8 +30,6 @@ from cvtrain.scheduler import Cosine
 log = logging.getLogger("cvtrain")
 
 CPU = torch.device("cpu")
-FINETUNE_LR = 0.1
-"""Share of the run's learning rate that fine-tuning after a compression step starts from."""
 
 
 class Recipe:
@@ -49,8 +47,8 @@ class Recipe:
         self._class_names = list(class_names)
         self._finetuned = 0
 
-    def finetune(self, model: nn.Module, epochs: int, teacher: nn.Module | None) -> None:
-        """Train `model` in place as the run trained, from a tenth of its learning rate down to zero.
+    def finetune(self, model: nn.Module, epochs: int, lr: float, teacher: nn.Module | None) -> None:
+        """Train `model` in place as the run trained, from a share of its learning rate along a cosine to zero.
 
         Data, augmentation, loss, regularizers, precision and optimizer are the run's, and so is the averaging: where
         it is on, the averaged weights are what is kept. What the run's last phase froze stays frozen. Buffers must
@@ -59,6 +57,7 @@ class Recipe:
         Args:
             model: On the CPU; may have other channels than the run's, masks or parametrized weights.
             epochs: 0 does nothing.
+            lr: The share, above 0.
             teacher: Its answers are distilled, beside the labels; None: as the run itself did.
 
         Raises:
@@ -79,7 +78,7 @@ class Recipe:
             run.options,
             epochs=epochs,
             seed=run.options.seed + self._finetuned,  # other augmentations than in the epochs before, but for crops
-            base_lr=run.clock(run.options.epochs * run.steps_per_epoch - 1)[0] * FINETUNE_LR,
+            base_lr=run.clock(run.options.epochs * run.steps_per_epoch - 1)[0] * lr,
             save_every_steps=None,
             max_seconds=None,
         )

@@ -31,7 +31,7 @@ class Untrained:
         self._classes = num_classes
         self._seed = seed
 
-    def finetune(self, model: nn.Module, epochs: int, teacher: nn.Module | None) -> None:
+    def finetune(self, model: nn.Module, epochs: int, lr: float, teacher: nn.Module | None) -> None:
         """Leave `model` as it is, and say so."""
         if epochs:
             log.info("fine-tuning is left out: nothing is trained here")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from cvtrain.compression.stages import check_stages, run_stages
+from cvtrain.compression.steps import check_finetuning
 from cvtrain.core.artifact import Compressed, CompressionContext
 from cvtrain.core.complexity import count_params
 from cvtrain.errors import ConfigError, CvtrainError, did_you_mean
@@ -37,6 +38,7 @@ class PruneUnstructured:
         importance: Importance = "l1",
         global_pruning: bool = True,
         finetune_epochs: int = 2,
+        finetune_lr: float = 0.1,
         seed: int = 0,
     ) -> None:
         """Check the settings.
@@ -47,6 +49,7 @@ class PruneUnstructured:
             importance: `l1` zeroes the smallest magnitudes, `random` any weights.
             global_pruning: Rank the weights of all layers together; otherwise zero the same share of every layer.
             finetune_epochs: Epochs of training with the zeros held, behind each stage; 0 for none.
+            finetune_lr: Share of the run's learning rate that this training begins at, above 0.
             seed: Seed of `importance="random"`.
 
         Raises:
@@ -63,12 +66,12 @@ class PruneUnstructured:
             )
         if importance not in _IMPORTANCES:
             raise ConfigError(f"{where}.importance={importance}: {did_you_mean(importance, _IMPORTANCES)}")
-        if finetune_epochs < 0:
-            raise ConfigError(f"{where}.finetune_epochs={finetune_epochs}: must be 0 or more")
+        check_finetuning(where, finetune_epochs, finetune_lr)
         self.stages = stages
         self.importance = importance
         self.global_pruning = global_pruning
         self.finetune_epochs = finetune_epochs
+        self.finetune_lr = finetune_lr
         self.seed = seed
 
     def apply(self, model: nn.Module, name: str, context: CompressionContext) -> Compressed:
@@ -109,7 +112,7 @@ class PruneUnstructured:
         with torch.no_grad():
             masked(context.example)
         if self.finetune_epochs:
-            context.finetune(masked, self.finetune_epochs, None)
+            context.finetune(masked, self.finetune_epochs, self.finetune_lr, None)
         for layer in layers:
             prune.remove(layer, "weight")  # type: ignore[no-untyped-call]
         # Into a fresh copy, because removing a mask moves the weight behind the bias in the order of parameters.

@@ -12,9 +12,8 @@ from torch import nn
 
 from cvtrain.compression.fake_quant import RoundedInput, attach, plain_state
 from cvtrain.compression.quantize import Method, StaticQuantizer, StaticSettings, counted, write_artifact
-from cvtrain.compression.steps import artifact_file
+from cvtrain.compression.steps import artifact_file, check_finetuning
 from cvtrain.core.artifact import Compressed, CompressionContext
-from cvtrain.errors import ConfigError
 
 # Training moves the ranges on; these batches only give it somewhere to start.
 _FIRST_BATCHES = 4
@@ -34,6 +33,7 @@ class Qat:
     def __init__(
         self,
         finetune_epochs: int = 2,
+        finetune_lr: float = 0.1,
         calibration_samples: int = 512,
         method: Method = "minmax",
         reduce_range: bool = False,
@@ -42,6 +42,7 @@ class Qat:
 
         Args:
             finetune_epochs: Epochs of training with rounding; 0 gives what `PtqStatic` gives.
+            finetune_lr: Share of the run's learning rate that this training begins at, above 0.
             calibration_samples: Training pictures whose activations set the file's ranges, 1 or more.
             method: `minmax` covers every value seen; `entropy` and `percentile` cut outliers off.
             reduce_range: 7-bit weights, which cannot overflow on CPUs without VNNI.
@@ -50,9 +51,9 @@ class Qat:
             ConfigError: A value out of range.
         """
         where = "compression.qat"
-        if finetune_epochs < 0:
-            raise ConfigError(f"{where}.finetune_epochs={finetune_epochs}: must be 0 or more")
+        check_finetuning(where, finetune_epochs, finetune_lr)
         self.finetune_epochs = finetune_epochs
+        self.finetune_lr = finetune_lr
         self.settings = StaticSettings(where, calibration_samples, method, per_channel=True, reduce_range=reduce_range)
 
     def apply(self, model: nn.Module, name: str, context: CompressionContext) -> Compressed:
@@ -89,7 +90,7 @@ class Qat:
         rounding = copy.deepcopy(trained)
         attach(rounding, largest=64 if self.settings.reduce_range else 127)
         _find_ranges(rounding, context)
-        context.finetune(rounding, self.finetune_epochs, None)
+        context.finetune(rounding, self.finetune_epochs, self.finetune_lr, None)
         # Into the copy that was never attached: taking parametrizations off changes the order of the parameters.
         trained.load_state_dict(plain_state(rounding))
         return trained

@@ -5,11 +5,29 @@ from __future__ import annotations
 from torch import nn
 
 from cvtrain.core.artifact import Compressed, CompressionContext, CompressionStep
+from cvtrain.errors import ConfigError
 
 
 def artifact_file(name: str, suffix: str) -> str:
     """Return the file name of artifact `name`: `pruned+int8` and `.onnx` give `pruned_int8.onnx`."""
     return name.replace("+", "_") + suffix
+
+
+def check_finetuning(where: str, epochs: int, lr: float) -> None:
+    """Check what a step says of the training behind it.
+
+    Args:
+        where: The option, for the error.
+        epochs: 0 for none.
+        lr: Share of the run's learning rate that it begins at.
+
+    Raises:
+        ConfigError: A value out of range.
+    """
+    if epochs < 0:
+        raise ConfigError(f"{where}.finetune_epochs={epochs}: must be 0 or more")
+    if lr <= 0.0:
+        raise ConfigError(f"{where}.finetune_lr={lr}: must be above 0, such as 0.1, a share of optimizer.lr")
 
 
 class Chain:

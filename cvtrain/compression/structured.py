@@ -16,6 +16,7 @@ from cvtrain.compression.budget import FINEST, LATENCY_FINEST, Chooser, ratio_wi
 from cvtrain.compression.channels import ChannelGroup, channel_groups, check_removal
 from cvtrain.compression.importance import CHANNEL_IMPORTANCES, ChannelImportance, channel_scores
 from cvtrain.compression.stages import check_stages, run_stages
+from cvtrain.compression.steps import check_finetuning
 from cvtrain.core.artifact import Compressed, CompressionContext
 from cvtrain.core.complexity import count_macs, count_params
 from cvtrain.errors import ConfigError, did_you_mean
@@ -45,6 +46,7 @@ class PruneStructured:
         global_pruning: Rank the channels of all layers together; otherwise every layer loses the same share.
         round_to: Channels left are multiples of it, and no fewer than it.
         finetune_epochs: Epochs of training behind each stage; 0 for none.
+        finetune_lr: Share of the run's learning rate that this training begins at, above 0.
         distill: Fine-tune with the answers of the model before as well.
         seed: Of `importance="random"`.
 
@@ -61,6 +63,7 @@ class PruneStructured:
     global_pruning: bool = False
     round_to: int = 16
     finetune_epochs: int = 2
+    finetune_lr: float = 0.1
     distill: bool = False
     seed: int = 0
     label: ClassVar[str] = "pruned"
@@ -80,9 +83,9 @@ class PruneStructured:
         if self.importance not in CHANNEL_IMPORTANCES:
             hint = did_you_mean(self.importance, CHANNEL_IMPORTANCES)
             raise ConfigError(f"{WHERE}.importance={self.importance}: {hint}")
-        for key, least in (("round_to", 1), ("finetune_epochs", 0)):
-            if getattr(self, key) < least:
-                raise ConfigError(f"{WHERE}.{key}={getattr(self, key)}: must be {least} or more")
+        if self.round_to < 1:
+            raise ConfigError(f"{WHERE}.round_to={self.round_to}: must be 1 or more")
+        check_finetuning(WHERE, self.finetune_epochs, self.finetune_lr)
         target, amount = next(iter(given.items()), DEFAULT_TARGET)
         self._target = "pruning_ratio" if stages else target
         self._amounts = stages or (amount,)
@@ -136,7 +139,7 @@ class PruneStructured:
         def shrink(current: nn.Module, amount: float) -> nn.Module:
             pruned = self._prune(current, amount, dense, context)
             if self.finetune_epochs:
-                context.finetune(pruned, self.finetune_epochs, model if self.distill else None)
+                context.finetune(pruned, self.finetune_epochs, self.finetune_lr, model if self.distill else None)
             return pruned
 
         def describe(pruned: nn.Module) -> str:

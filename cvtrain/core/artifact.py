@@ -58,9 +58,9 @@ class CompressionContext:
         folder: Where its files go; exists.
         example: `(1, C, H, W)` float32 normalised input, on the CPU.
         calibration: Returns batches of normalised float32 training pictures `(B, C, H, W)`, not augmented, on the CPU.
-        finetune: `finetune(model, epochs, teacher)` trains `model` in place by the run's own recipe (augmentation,
-            losses, averaging), where `teacher` is not None with its answers distilled; the model is on the CPU and in
-            eval mode before and after. 0 epochs do nothing.
+        finetune: `finetune(model, epochs, lr, teacher)` trains `model` in place by the run's own recipe (augmentation,
+            losses, averaging) from a share `lr` of the run's learning rate; where `teacher` is not None its answers are
+            distilled. The model is on the CPU and in eval mode before and after. 0 epochs do nothing.
         evaluate: `evaluate(model)` returns the share of right answers on the validation set, 0..1.
         backward: `backward(model, batches)` adds the gradients of the run's loss over so many training batches to the
             `.grad` of the model's parameters.
@@ -72,7 +72,7 @@ class CompressionContext:
     folder: Path
     example: Tensor
     calibration: Callable[[], Iterator[Tensor]]
-    finetune: Callable[[nn.Module, int, nn.Module | None], None]
+    finetune: Callable[[nn.Module, int, float, nn.Module | None], None]
     evaluate: Callable[[nn.Module], float]
     backward: Callable[[nn.Module, int], None]
     save_weights: Callable[[nn.Module, Path, Mapping[str, str]], None]

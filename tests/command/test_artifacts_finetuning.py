@@ -50,7 +50,7 @@ def test_a_candidate_is_trained_in_place_and_the_run_stays_as_it_is(tmp_path):
     made, run = recipe(tmp_path)
     before, candidate = weights_of(run.model), copy.deepcopy(run.model)
     files = sorted(tmp_path.iterdir())
-    made.finetune(candidate, 2, None)
+    made.finetune(candidate, 2, 0.1, None)
     assert not same(weights_of(candidate), before)
     assert same(weights_of(run.model), before)
     assert not candidate.training
@@ -61,7 +61,7 @@ def test_a_candidate_is_trained_in_place_and_the_run_stays_as_it_is(tmp_path):
 def test_no_epochs_do_nothing(tmp_path):
     made, run = recipe(tmp_path)
     candidate = copy.deepcopy(run.model)
-    made.finetune(candidate, 0, None)
+    made.finetune(candidate, 0, 0.1, None)
     assert same(weights_of(candidate), weights_of(run.model))
 
 
@@ -71,7 +71,7 @@ def test_a_finetuning_that_diverges_is_told_as_one_and_names_no_file_of_a_traini
     with torch.no_grad():
         next(candidate.parameters()).fill_(float("nan"))
     with pytest.raises(DivergedError, match=r"^fine-tuning of what was compressed: .*; the trained") as told:
-        made.finetune(candidate, 1, None)
+        made.finetune(candidate, 1, 0.1, None)
     assert "diverged.json" not in str(told.value)
 
 
@@ -79,9 +79,9 @@ def test_two_finetunings_see_other_augmentations_and_a_second_process_the_same(t
     made, run = recipe(tmp_path / "a")
     again, _ = recipe(tmp_path / "b")
     candidates = [copy.deepcopy(run.model) for _ in range(3)]
-    made.finetune(candidates[0], 1, None)
-    made.finetune(candidates[1], 1, None)
-    again.finetune(candidates[2], 1, None)
+    made.finetune(candidates[0], 1, 0.1, None)
+    made.finetune(candidates[1], 1, 0.1, None)
+    again.finetune(candidates[2], 1, 0.1, None)
     assert not same(weights_of(candidates[0]), weights_of(candidates[1]))
     assert same(weights_of(candidates[0]), weights_of(candidates[2]))
 
@@ -96,8 +96,8 @@ def test_where_the_run_averages_the_average_is_what_is_kept(tmp_path):
     averaged, run = recipe(tmp_path / "a", ema)
     plain, _ = recipe(tmp_path / "b")
     kept, last = copy.deepcopy(run.model), copy.deepcopy(run.model)
-    averaged.finetune(kept, 2, None)
-    plain.finetune(last, 2, None)
+    averaged.finetune(kept, 2, 0.1, None)
+    plain.finetune(last, 2, 0.1, None)
     assert not same(weights_of(kept), weights_of(last))
     (average,) = averages
     assert same(weights_of(kept), weights_of(average.model()))
@@ -112,8 +112,8 @@ def test_a_teachers_answers_are_distilled_and_the_teacher_stays_as_it_is(tmp_pat
     teacher.eval()
     before = weights_of(teacher)
     taught, untaught = copy.deepcopy(run.model), copy.deepcopy(run.model)
-    made.finetune(taught, 3, teacher)
-    made.finetune(untaught, 3, None)
+    made.finetune(taught, 3, 0.1, teacher)
+    made.finetune(untaught, 3, 0.1, None)
     images = torch.randn((64, 1, 6, 6), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         first = [model(images).softmax(1)[:, 0].mean() for model in (taught, untaught)]
@@ -138,7 +138,7 @@ def test_masked_and_parametrized_weights_train_under_their_own_names_at_their_st
     with torch.no_grad():
         candidate(torch.zeros(1, 1, 6, 6))
     before = weights_of(candidate)
-    made.finetune(candidate, 1, None)
+    made.finetune(candidate, 1, 0.1, None)
     after = weights_of(candidate)
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed == {"6.bias", "6.parametrizations.weight.original"}

@@ -30,7 +30,7 @@ class TinyNet(nn.Module):
         return self.head(self.features(images))
 
 
-def few_steps(model, epochs, teacher=None):
+def few_steps(model, epochs, lr=0.1, teacher=None):
     """Real training on random pictures, one step an epoch."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)

@@ -197,10 +197,10 @@ def test_the_result_says_what_is_left_and_the_given_model_is_untouched(context):
 def test_the_pruned_network_is_finetuned_with_the_model_before_as_its_teacher_if_asked(context, distill):
     seen, model = [], make()
     context = dataclasses.replace(context, finetune=lambda *given: seen.append(given))
-    result = prune(context, model, finetune_epochs=3, distill=distill)
-    ((tuned, epochs, teacher),) = seen
+    result = prune(context, model, finetune_epochs=3, finetune_lr=0.3, distill=distill)
+    ((tuned, epochs, lr, teacher),) = seen
     assert tuned is result.model
-    assert epochs == 3
+    assert (epochs, lr) == (3, 0.3)
     assert teacher is (model if distill else None)
 
 
@@ -209,7 +209,7 @@ def test_stages_prune_further_each_time_and_give_a_file_and_a_point_each(context
     context = dataclasses.replace(
         context,
         evaluate=lambda network: count_params(network) / count_params(model),
-        finetune=lambda network, epochs, _: tuned.append((widths(network)[0], epochs)),
+        finetune=lambda network, epochs, lr, _: tuned.append((widths(network)[0], epochs)),
     )
     result = prune(context, model, iterative_steps=[0.25, 0.5, 0.75], finetune_epochs=2)
     assert [artifact.name for artifact in result.artifacts] == ["pruned25", "pruned50", "pruned"]
@@ -243,6 +243,7 @@ def test_global_stages_count_from_the_dense_network(context):
         ({"importance": "l1"}, "importance=l1: .*magnitude, bn_scale, taylor, random"),
         ({"round_to": 0}, "round_to=0: must be 1 or more"),
         ({"finetune_epochs": -1}, "finetune_epochs=-1: must be 0 or more"),
+        ({"finetune_lr": 0.0}, "finetune_lr=0.0: must be above 0"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(settings, words):

@@ -65,11 +65,11 @@ def test_the_zeros_hold_while_finetuning_moves_the_other_weights(model, make_con
         assert not torch.equal(trained[dense != 0], dense[dense != 0])
 
 
-@pytest.mark.parametrize(("epochs", "calls"), [(0, []), (4, [4])])
+@pytest.mark.parametrize(("epochs", "calls"), [(0, []), (4, [(4, 0.3, None)])])
 def test_finetuning_gets_the_configured_epochs_and_is_skipped_at_zero(model, make_context, epochs, calls):
     seen = []
-    context = make_context(finetune=lambda _, count, teacher: seen.append(count))
-    PruneUnstructured(finetune_epochs=epochs).apply(model, "pruned", context)
+    context = make_context(finetune=lambda _, *given: seen.append(given))
+    PruneUnstructured(finetune_epochs=epochs, finetune_lr=0.3).apply(model, "pruned", context)
     assert seen == calls
 
 
@@ -125,6 +125,7 @@ def test_attention_models_can_be_pruned_and_finetuned_for_several_steps(make_con
         ({"sparsity": float("nan")}, ["sparsity=nan"]),
         ({"importance": "l2"}, ["importance=l2", "l1", "random"]),
         ({"finetune_epochs": -1}, ["finetune_epochs=-1", "0 or more"]),
+        ({"finetune_lr": -0.1}, ["finetune_lr=-0.1", "above 0"]),
         ({"iterative_steps": [0.3, 0.1, 0.5]}, ["iterative_steps=[0.3, 0.1, 0.5]", "rise"]),
         ({"iterative_steps": [0.1, 0.7]}, ["ends at 0.7, not at sparsity=0.5", "sparsity=0.7"]),
     ],
@@ -149,8 +150,8 @@ def test_both_importances_are_reachable_for_both_scopes(model, make_context):
 def test_stages_zero_more_each_time_and_keep_the_zeros_of_the_ones_before(model, make_context, tmp_path):
     tuned, train = [], make_context().finetune
 
-    def finetune(network, epochs, teacher):
-        train(network, epochs, teacher)
+    def finetune(network, epochs, lr, teacher):
+        train(network, epochs, lr, teacher)
         tuned.append((epochs, teacher))
 
     for importance, scope in itertools.product(["l1", "random"], [True, False]):

@@ -149,9 +149,9 @@ def test_zero_epochs_give_what_static_quantization_gives(model, make_context):
 def test_the_artifact_is_a_side_product_and_the_callers_model_is_left_alone(model, make_context, tmp_path, capfd):
     before = copy.deepcopy(model.state_dict())
     seen = []
-    context = make_context(finetune=lambda net, epochs, teacher: seen.append((epochs, teacher)))
-    result = Qat(finetune_epochs=3, calibration_samples=32).apply(model, "pruned+qat", context)
-    assert seen == [(3, None)]
+    context = make_context(finetune=lambda net, *given: seen.append(given))
+    result = Qat(finetune_epochs=3, finetune_lr=0.2, calibration_samples=32).apply(model, "pruned+qat", context)
+    assert seen == [(3, 0.2, None)]
     assert result.model is None
     (artifact,) = result.artifacts
     assert (artifact.name, artifact.runtime, artifact.exact) == ("pruned+qat", "onnxruntime", False)
@@ -173,7 +173,7 @@ def test_training_with_rounding_regains_what_plain_quantization_loses(make_conte
     images = (patterns[labels] + noise(600, 64, seed=3)).reshape(600, 1, 8, 8)
     images[..., 0, 0] = 0
 
-    def train(net, epochs, teacher=None, lr=0.1):
+    def train(net, epochs, lr=0.1, teacher=None):
         optimizer = torch.optim.SGD(net.train().parameters(), lr=lr, momentum=0.9)
         for _ in range(epochs):
             for start in range(0, 600, 100):
@@ -203,6 +203,7 @@ def test_training_with_rounding_regains_what_plain_quantization_loses(make_conte
     ("setting", "words"),
     [
         ({"finetune_epochs": -1}, ["finetune_epochs=-1", "0 or more"]),
+        ({"finetune_lr": 0.0}, ["finetune_lr=0.0", "above 0"]),
         ({"calibration_samples": 0}, ["calibration_samples=0", "1 or more"]),
     ],
 )
