@@ -35,7 +35,7 @@ class Effect(IntEnum):
 CLASSES = {
     Effect.NOTHING: """
         name output_dir json trusted resume resume_allow workers logger save_every_steps log_every_steps
-        on_nan on_oom profile log_gradients report
+        on_nan on_oom profile log_gradients plots report
         data.download data.cache data.cache_mb data.cache_dir data.shards_mb dist_timeout_s budget gate""",
     Effect.ENDING: """
         epochs max_time patience compression export""",

@@ -71,7 +71,8 @@ CASES = (
     Case("stochastic depth", ("regularizer=stochastic_depth", "model=resnet18", "limit_train_batches=4",
                               "save_every_steps=1")),
     Case("evaluation", ("loader=device", "save_every_steps=5"), aims=("evaluate",)),
-    Case("after the final checkpoint", ("export=safetensors", "logger=tensorboard", "epochs=2"), aims=("conclude",)),
+    Case("after the final checkpoint", ("export=safetensors", "logger=tensorboard", "plots=true", "report=true",
+                                        "epochs=2"), aims=("conclude",)),
 )  # fmt: skip
 PROCESS = Case("python -m cvtrain", ("loader=host", "workers=2", "aug=mixup", "averaging=ema", "save_every_steps=1"))
 

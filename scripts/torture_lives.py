@@ -43,7 +43,7 @@ ORPHAN_LIMIT_S = 10.0
 PHASES = ("save", "evaluate", "conclude")
 QUICK = (
     "data=digits", "epochs=3", "batch_size=32", "limit_train_batches=13", "save_every_steps=2", "threads=1",
-    "compression=none", "export=none", "logger=none",
+    "compression=none", "export=none", "logger=none", "plots=false", "report=false",
 )  # fmt: skip
 TABLES = ("results.csv", "predictions.csv", "per_class.csv")
 TIMED = ("seconds",)

@@ -30,12 +30,12 @@ class Answer:
 
 
 def run_cvtrain(folder, *argv: str) -> Answer:
-    """Run `cvtrain ARGV` in `folder`, a training without a report unless asked; return exit code, stdout, stderr."""
+    """Run `cvtrain ARGV` in `folder`, a training without pictures unless asked; return exit code, stdout, stderr."""
     from cvtrain.cli import main
 
-    trains = not argv or argv[0] == "train" or "=" in argv[0]
-    if trains and not any(word.startswith(("-", "report=")) for word in argv):
-        argv = (*argv, "report=false")
+    trains = not argv or argv[0] in ("train", "-m", "-cd") or "=" in argv[0]
+    if trains and not any(word.startswith(("--", "plots=", "report=")) for word in argv):
+        argv = (*argv, "plots=false", "report=false")
     path, arguments = list(sys.path), sys.argv
     out, err = io.StringIO(), io.StringIO()
     sys.argv = ["cvtrain", *argv]

@@ -114,7 +114,7 @@ def test_help_shows_every_verb_group_and_option_with_a_line_each(cvtrain):
 def test_train_help_explains_every_key(cvtrain):
     text = cvtrain("train", "--help").out
     keys = catalog.keys("train")
-    assert len(keys) == 45
+    assert len(keys) == 46
     for name, default, comment in keys:
         assert comment, name
         assert f"  {name}={default}" in text

@@ -83,7 +83,7 @@ class Evaluation:
 
 
 def write_results(
-    folder: Path, history: Sequence[dict[str, float]], evaluation: Evaluation
+    folder: Path, history: Sequence[dict[str, float]], evaluation: Evaluation, draw: bool
 ) -> tuple[dict[str, tuple[float, float]], dict[str, NDArray[np.uint8]]]:
     """Write tables and pictures of a finished training.
 
@@ -91,18 +91,19 @@ def write_results(
         folder: The run folder.
         history: One row an epoch.
         evaluation: The test set's.
+        draw: Whether pictures are wanted.
 
     Returns:
         95 % intervals by metric, and the pictures for the logger by name.
     """
     write_csv(folder / "results.csv", [{"epoch": i + 1, **row} for i, row in enumerate(history)])
-    figures = {f"test/{name}": picture for name, picture in write_evaluation(folder, evaluation).items()}
-    if history:
+    figures = {f"test/{name}": picture for name, picture in write_evaluation(folder, evaluation, draw).items()}
+    if history and draw:
         figures["curves"] = plots.curves(history, folder / "results.png")
     return {f"test/{name}": bounds for name, bounds in evaluation.scores.intervals.items()}, figures
 
 
-def write_evaluation(folder: Path, evaluation: Evaluation) -> dict[str, NDArray[np.uint8]]:
+def write_evaluation(folder: Path, evaluation: Evaluation, draw: bool = True) -> dict[str, NDArray[np.uint8]]:
     """Write what a model says of a split: tables, matrices, reliability diagram, worst errors.
 
     Several labels have no matrix of classes: any number of them may be there at once.
@@ -110,6 +111,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> dict[str, NDArray[
     Args:
         folder: Exists.
         evaluation: Of one picture or more.
+        draw: Whether pictures are wanted beside the tables.
 
     Returns:
         Pictures `(H, W, 3)` by name.
@@ -117,11 +119,17 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> dict[str, NDArray[
     names, metrics = evaluation.class_names, evaluation.metrics
     write_csv(folder / "per_class.csv", _class_rows(metrics.by_class(), names))
     write_predictions(folder / "predictions.csv", evaluation)
-    figures = {}
+    if isinstance(metrics, ClassificationMetrics):
+        rows = ([name, *row] for name, row in zip(names, metrics.matrix().tolist(), strict=True))
+        _write_rows(folder / "confusion_matrix.csv", [["true \\ predicted", *names], *rows])
+    return _draw_evaluation(folder, evaluation) if draw else {}
+
+
+def _draw_evaluation(folder: Path, evaluation: Evaluation) -> dict[str, NDArray[np.uint8]]:
+    """Draw matrices, reliability diagram and worst errors."""
+    names, metrics, figures = evaluation.class_names, evaluation.metrics, {}
     if isinstance(metrics, ClassificationMetrics):
         matrix, what = metrics.matrix(), f"{evaluation.split} pictures"
-        rows = ([name, *row] for name, row in zip(names, matrix.tolist(), strict=True))
-        _write_rows(folder / "confusion_matrix.csv", [["true \\ predicted", *names], *rows])
         for name, normalize in (("confusion_matrix", False), ("confusion_matrix_normalized", True)):
             figures[name] = plots.confusion(matrix, names, folder / f"{name}.png", normalize, what)
     stages = [("ece_uncalibrated", "before calibration", 1.0)] if evaluation.temperature != 1 else []

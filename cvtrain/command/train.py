@@ -121,8 +121,9 @@ def train(config: dict[str, Any], folder: Path, trusted: list[str], choices: dic
             if distributed.main():
                 first_step = run.state.step + 1 if resumed else None
                 run.tracker = builder.build("logger", folder=folder, purge_step=first_step)
-                show_batch(run, folder, sets.class_names)
-                show_schedule(run, folder)
+                if config["plots"]:
+                    show_batch(run, folder, sets.class_names)
+                    show_schedule(run, folder)
                 run.checkpoints.committed = lambda: _tell_progress(run, folder)
             debugging.attach(run, config, folder, console)
             fit(run)
@@ -358,7 +359,7 @@ def conclude(builder: Builder, run: TrainRun, sets: DataSets, folder: Path, cons
     )
     measured = {**metrics.compute(), **evaluation.scores.values}
     results = {**run.monitor.best_row, **{f"test/{name}": value for name, value in measured.items()}}
-    intervals, figures = write_results(folder, run.state.history, evaluation)
+    intervals, figures = write_results(folder, run.state.history, evaluation, builder.config["plots"])
     for name, figure in figures.items():
         run.tracker.figure(name, figure, run.state.step)
     low, high = intervals["test/acc"]

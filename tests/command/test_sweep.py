@@ -11,7 +11,7 @@ import pytest
 
 def test_a_failing_job_is_told_and_the_others_finish(cvtrain):
     quick = ("epochs=2", "threads=1", "compression=none", "export=none", "logger=none", "json=true")
-    argv = ("-m", "optimizer.lr=0.1,1e30", "seed=0,1", *quick)
+    argv = ("-m", "limit_train_batches=4", "optimizer.lr=0.1,1e30", "seed=0,1", *quick)
     answer = cvtrain(*argv)
     assert answer.code == 1
     jobs = {job["name"]: job for job in answer.json["jobs"]}
@@ -61,8 +61,8 @@ def test_list_values_keep_their_brackets_in_the_table(cvtrain):
 
 @pytest.mark.slow
 def test_a_stopped_sweep_says_so_and_goes_on(tmp_path):
-    quick = ("epochs=6", "threads=1", "compression=none", "export=none", "logger=none", "json=true")
-    argv = [sys.executable, "-m", "cvtrain", "-m", "seed=0,1", *quick]
+    quick = ("epochs=6", "threads=1", "compression=none", "export=none", "logger=none", "plots=false", "report=false")
+    argv = [sys.executable, "-m", "cvtrain", "-m", "seed=0,1", *quick, "json=true"]
     process = subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list(tmp_path.glob("outputs/multirun/*/*/weights/last.safetensors")):
         time.sleep(0.01)

@@ -19,7 +19,8 @@ from cvtrain.core.metrics import measured
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("val")
     made = run_cvtrain(
-        *(folder, "epochs=2", "threads=1", "compression=none", "export=[onnx]", "averaging=ema", "json=true")
+        *(folder, "epochs=2", "threads=1", "compression=none", "export=[onnx]", "averaging=ema"),
+        *("plots=true", "json=true"),
     )
     assert made.code == 0, made.err
     return made

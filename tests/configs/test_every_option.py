@@ -1,5 +1,7 @@
 """Every option of every group is composed, built, stepped and resumed; a new one is found here without being named."""
 
+import copy
+
 import pytest
 import torch
 from real_formats import write_for
@@ -12,6 +14,7 @@ from cvtrain.compose import Composer
 from cvtrain.engine.loop import fit
 from cvtrain.engine.signals import StopRequest
 
+COMPOSER = Composer("train", None)
 GROUPS = catalog.groups()
 OPTIONS = [(group, option) for group, options in GROUPS.items() for option in options]
 QUICK = ["epochs=2", "limit_train_batches=2", "limit_eval_batches=1", "batch_size=16", "device=cpu", "workers=0"]
@@ -51,10 +54,9 @@ def test_the_number_of_groups_and_options_is_known():
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def built(overrides, folder):
+def built(config, folder):
     (folder / "weights").mkdir(parents=True, exist_ok=True)
-    config = Composer("train", None).check(overrides, [])[1]
-    builder = Builder(config, [])
+    builder = Builder(copy.deepcopy(config), [])
     sets, _ = builder.data()
     run = build_run(builder, sets, torch.device("cpu"), folder, StopRequest())
     run.tracker = builder.build("logger", folder=folder, purge_step=None)
@@ -76,15 +78,16 @@ def test_an_option_builds_steps_and_resumes_to_the_same_weights(group, option, t
         overrides += [f"distillation.teacher={write_teacher(tmp_path / 'teacher.safetensors')}"]
     if (group, option) == ("debug", "fdr"):
         overrides += ["epochs=2"]
-    whole = built(overrides, tmp_path / "whole")
+    config = COMPOSER.check(overrides, [])[1]
+    whole = built(config, tmp_path / "whole")
     before = {name: value.clone() for name, value in whole.model.state_dict().items()}
     fit(whole)
     assert whole.state.step == 4
     assert any(not torch.equal(value, before[name]) for name, value in whole.model.state_dict().items())
 
-    half = built(overrides, tmp_path / "parts")
+    half = built(config, tmp_path / "parts")
     fit_one_epoch(half)
-    rest = built(overrides, tmp_path / "parts")
+    rest = built(config, tmp_path / "parts")
     assert rest.checkpoints.restore(rest) == "last.safetensors"
     assert rest.state.step == 2
     fit(rest)
@@ -95,7 +98,7 @@ def test_an_option_builds_steps_and_resumes_to_the_same_weights(group, option, t
 
 @pytest.mark.parametrize("option", sorted(option for _, option in STEPPED_ELSEWHERE - {("model", "alexnet")}))
 def test_a_network_that_is_stepped_elsewhere_differs_from_one_that_is_stepped_here_by_its_name_alone(option):
-    stepped, other = (Composer("train", None).check([f"model={name}"], [])[1]["model"] for name in ("resnet18", option))
+    stepped, other = (COMPOSER.check([f"model={name}"], [])[1]["model"] for name in ("resnet18", option))
     other.pop("native_size", None)
     assert other == {**stepped, "name": option}
 

@@ -19,7 +19,7 @@ from cvtrain.errors import DataError
 
 SIDE = 8
 QUICK = ("data=folder", "img_size=16", "model=lenet5", "epochs=1", "batch_size=16", "compression=none", "export=none",
-         "logger=none", "device=cpu", "threads=1", "workers=2", "json=true")  # fmt: skip
+         "logger=none", "plots=false", "report=false", "device=cpu", "threads=1", "workers=2", "json=true")  # fmt: skip
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

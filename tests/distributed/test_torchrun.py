@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
-QUICK = ("model=simple_cnn", "device=cpu", "compression=none", "export=none", "workers=0", "logger=none", "json=true")
+QUICK = ("model=simple_cnn", "device=cpu", "compression=none", "export=none", "workers=0", "logger=none",
+         "plots=false", "report=false", "json=true")  # fmt: skip
 TIMEOUT_S = 240
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not TORCHRUN.exists(), reason="torchrun is not beside Python")]

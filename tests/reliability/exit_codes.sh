@@ -3,8 +3,8 @@
 # Needs $CVTRAIN, the command, and an empty current folder.
 set -euo pipefail
 
-quick=(epochs=2 limit_train_batches=4 threads=1 compression=none export=none logger=none)
-long=(epochs=400 threads=1 compression=none export=none logger=none save_every_steps=20)
+quick=(epochs=2 limit_train_batches=4 threads=1 compression=none export=none logger=none plots=false report=false)
+long=(epochs=400 threads=1 compression=none export=none logger=none plots=false report=false save_every_steps=20)
 
 code() { # code NAME COMMAND…: what the command left with; `set -e` does not see it
   local name=$1 code=0

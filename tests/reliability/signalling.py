@@ -27,6 +27,7 @@ from cvtrain.engine.signals import StopRequest
 
 TERM, INT, HUP, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 SHORT = ("epochs=2", "limit_train_batches=6", "save_every_steps=null")
+SHOWN = (*SHORT, "plots=true")
 HOST = ("loader=host", "workers=2")
 
 
@@ -146,8 +147,8 @@ def case(place, name, phase, numbers, overrides=SHORT, **changes):
 
 
 CASES = {
-    **{f"{n.name} {p}": (p, [n]) for p in ("data", "batch show", "train", "save", "validation", "test")
-       for n in (TERM, INT)},
+    **{f"{n.name} {p}": (p, [n], SHOWN if p == "batch show" else SHORT)
+       for p in ("data", "batch show", "train", "save", "validation", "test") for n in (TERM, INT)},
     "SIGHUP train": ("train", [HUP]),
     "SIGHUP after nohup": ("train", [HUP], (*SHORT,), {"nohup": True}),
     "SIGUSR1 train": ("train", [USR1]),

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 NAMES = ["best.safetensors", "last.previous.safetensors", "last.safetensors", "manifest.json"]
 RUN = (
     "data=digits", "limit_train_batches=4", "save_every_steps=1", "epochs=6", "threads=1", "logger=none",
-    "compression=none", "export=none",
+    "compression=none", "export=none", "plots=false", "report=false",
 )  # fmt: skip
 
 
