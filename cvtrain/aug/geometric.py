@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,9 +32,18 @@ def flip(images: Tensor, chosen: NDArray[np.bool_], dim: int) -> Tensor:
     """Mirror the `chosen` `(B,)` of uint8 `images` `(B, C, H, W)` along `dim` (-1 or -2)."""
     if images.device.type != "cpu":
         return flip_batched(images, chosen, dim)
-    pixels, where = pixels_of(images), np.flatnonzero(chosen)
-    # torch has a kernel for three interleaved bytes; NumPy copies them one at a time.
-    pixels[where] = torch.from_numpy(pixels[where]).flip(dim - 1).numpy()
+    where = np.flatnonzero(chosen)
+    if not images.is_contiguous(memory_format=torch.channels_last):
+        # Planes are not worth laying out anew: torch is quick at flipping them.
+        pixels_of(images)[where] = torch.from_numpy(pixels_of(images)[where]).flip(dim - 1).numpy()
+        return images
+    rows = _rows(images)
+    part = rows[where]
+    if dim == -1:
+        # torch reverses all pixels in a third of the time that it takes for each row; the rows are put in order below.
+        pixels = torch.from_numpy(part.view(np.uint8)).view(part.size * images.shape[-1], images.shape[1])
+        part = pixels.flip(0).numpy().reshape(-1).view(rows.dtype).reshape(part.shape)[::-1]
+    rows[where] = part[:, ::-1]
     return images
 
 
@@ -58,20 +66,21 @@ def shifted_crop(images: Tensor, top: NDArray[np.int64], left: NDArray[np.int64]
     """
     if images.device.type != "cpu":
         return shifted_crop_batched(images, top, left, padding)
-    pixels = pixels_of(images)
-    height, width, channels = pixels.shape[1:]
+    images = images.contiguous(memory_format=torch.channels_last)
+    channels, height, width = images.shape[1:]
+    rows = _rows(images)
     # A few pictures' frames stay in the cache, and their borders black.
-    count = max(1, min(len(pixels), CACHED_PIXELS // (height * width)))
-    frames = np.zeros((count, height + 2 * padding, (width + 2 * padding) * channels), dtype=np.uint8)
-    middle = frames[:, padding : padding + height, padding * channels : (padding + width) * channels]
-    windows = sliding_window_view(frames, (height, width * channels), axis=(1, 2))
-    rows, columns = top, left * channels
-    for first in range(0, len(pixels), count):
-        part = pixels[first : first + count]
+    count = max(1, min(len(rows), CACHED_PIXELS // (2 * height * width)))
+    frames = np.zeros((count, height + 2 * padding, width + 2 * padding, channels), dtype=np.uint8)
+    frame, line, pixel, _ = frames.strides
+    middle = np.ndarray((count, height), rows.dtype, frames, padding * (line + pixel), (frame, line))
+    sides = 2 * padding + 1
+    windows = np.ndarray((count, sides, sides, height), rows.dtype, frames, 0, (frame, line, pixel, line))
+    for first in range(0, len(rows), count):
+        part = rows[first : first + count]
         last = first + len(part)
-        middle[: len(part)] = part.reshape(len(part), height, -1)
-        chosen = windows[np.arange(len(part)), rows[first:last], columns[first:last]]
-        part[...] = chosen.reshape(part.shape)
+        middle[: len(part)] = part
+        part[...] = windows[np.arange(len(part)), top[first:last], left[first:last]]
     return images
 
 
@@ -83,6 +92,16 @@ def shifted_crop_batched(images: Tensor, top: NDArray[np.int64], left: NDArray[n
     rows = to_device(top[:, None] + np.arange(height), images.device)[:, :, None]
     columns = to_device(left[:, None] + np.arange(width), images.device)[:, None, :]
     return padded[samples, rows, columns].permute(0, 3, 1, 2)
+
+
+def _rows(images: Tensor) -> NDArray[np.void]:
+    """Return the rows `(B, H)` of pictures `(B, C, H, W)` with channels last in memory, a view.
+
+    NumPy copies a row that is one item twice as fast as a row of bytes.
+    """
+    batch, channels, height, width = images.shape
+    row = np.dtype((np.void, width * channels))
+    return pixels_of(images).reshape(batch, height, row.itemsize).view(row)[..., 0]
 
 
 def affine(images: Tensor, degrees: Parameters, shift: tuple[Parameters, Parameters], scale: Parameters) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
@@ -126,7 +127,23 @@ class _Draw:
 
     def __call__(self, count: int) -> NDArray[np.float32]:
         self._calls += 1
-        return sample_uniforms(*self._where, _stream(self._key, self._calls - 1), count)
+        seed, epoch, indices = self._where
+        stream = _stream(self._key, self._calls - 1)
+        # Rounded up, so that the batches of an epoch ask for few tables.
+        size = 1 << int(indices.max(initial=0)).bit_length()
+        if size * count > _TABLE:
+            return sample_uniforms(seed, epoch, indices, stream, count)
+        return _table(seed, epoch, size, stream, count).take(indices, axis=0)
+
+
+_TABLE = 2**17
+"""How many numbers of an operation and epoch are drawn at once, 512 KiB: for a batch, calls cost more than numbers."""
+
+
+@functools.lru_cache(maxsize=16)
+def _table(seed: int, epoch: int, size: int, stream: str, count: int) -> NDArray[np.float32]:
+    """Return `(size, count)`: what `sample_uniforms` gives the first `size` samples."""
+    return sample_uniforms(seed, epoch, np.arange(size), stream, count)
 
 
 def _stream(key: str, call: int = 0) -> str:

@@ -21,6 +21,7 @@ from cvtrain.aug import (
     RandomErasing,
     RandomResizedCrop,
 )
+from cvtrain.core.random import sample_uniforms
 from cvtrain.core.types import Preprocess
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -237,6 +238,21 @@ def test_a_second_draw_of_one_operation_gives_new_numbers():
 
     Augmentation({"greedy": greedy}).samples(pictures(), np.arange(7), 0, 0, 16)
     assert not np.array_equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("last", [0, 1, 4095, 4096, 65_535, 10**12])
+@pytest.mark.parametrize("count", [1, 32])
+def test_an_operation_draws_each_samples_own_numbers_in_small_and_in_large_sets(last, count):
+    indices, seen = np.array([last, 0, last // 2]), []
+
+    def noting(images, draw):
+        seen.append(draw(count))
+        seen[-1] += 1  # what an operation does to its numbers is seen by no later batch
+        return images
+
+    for epoch in (0, 0, 3):
+        Augmentation({"key": noting}).samples(pictures(3), indices, 5, epoch, 16)
+        assert np.array_equal(seen[-1], sample_uniforms(5, epoch, indices, "aug.key", count) + 1)
 
 
 def test_no_global_generator_is_consumed():
