@@ -140,7 +140,7 @@ def in_new_file_system(options, command, cwd):
 def test_a_run_on_a_disk_that_fills_up_ends_with_6_and_goes_on_when_there_is_space(tmp_path):
     """Checkpoints are 0.5 MB: `last` and the one that replaces it fit, but not the best one of an earlier epoch too."""
     done = in_new_file_system(
-        "size=1700k",
+        "size=1500k",
         f'"$PYTHON" -m cvtrain {" ".join(RUN)} output_dir="$DISK"; echo "code $?"; cat "$DISK"/*/*/status.json; '
         'ls -A "$DISK"/*/*/weights; mount -o remount,size=20m "$DISK"; '
         f'"$PYTHON" -m cvtrain {" ".join(RUN)} output_dir="$DISK" resume=auto; echo "then $?"',
