@@ -39,8 +39,6 @@ from cvtrain.evaluation import EvaluationSet, ProofRow, prove, write_artifacts_c
 from cvtrain.evaluation.table import weigh
 from cvtrain.evaluation.verdict import Limits, Verdict, check_gate, judge, remarks
 from cvtrain.export import Exporter, export_onnx, write_preprocess
-from cvtrain.report import compression as pictures
-from cvtrain.report import plots
 from cvtrain.report.console import artifacts_table
 
 log = logging.getLogger("cvtrain")
@@ -277,6 +275,8 @@ def make_and_prove(builder: Builder, subject: Subject, index: Sequence[Artifact]
     write_artifacts_csv(rows, folder / INDEX)
     verdict = judge(table, builder.config["budget"])
     if len(rows) > 1:
+        from cvtrain.report import plots  # matplotlib: a run without pictures need not wait for it
+
         plots.artifacts(rows, folder / "artifacts.png", verdict.winner)
     return Proved(rows, subject.pictures, verdict, made.failures)
 
@@ -341,6 +341,8 @@ def _give_away(made: Made, label: str, path: Path) -> None:
 
 def _write_details(done: Compressed, folder: Path) -> None:
     """Write what a step did to each layer, its masks, and what each of its stages cost."""
+    from cvtrain.report import compression as pictures
+
     name = done.artifacts[-1].name
     write_csv(folder / artifact_file(name, "_layers.csv"), list(done.layers))
     if done.model is not None and not done.smaller:

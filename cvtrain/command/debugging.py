@@ -14,7 +14,6 @@ from cvtrain.engine import overfit
 from cvtrain.engine.gradients import GradientTable
 from cvtrain.engine.run import TrainRun
 from cvtrain.engine.timing import PhaseTimer, Profiler
-from cvtrain.report import plots
 from cvtrain.report.diagnosis import bottleneck, gradient_table, time_table
 
 log = logging.getLogger("cvtrain")
@@ -61,6 +60,8 @@ def end_overfit(run: TrainRun, folder: Path) -> dict[str, float]:
     history = run.state.history
     if distributed.main():
         write_csv(folder / "results.csv", [{"epoch": i + 1, **row} for i, row in enumerate(history)])
+        from cvtrain.report import plots  # matplotlib: a run without pictures need not wait for it
+
         plots.curves(history, folder / "results.png")
     log.info("%s", overfit.verdict(run))
     return history[-1]

@@ -21,7 +21,6 @@ from cvtrain.evaluation.calibration import to_probabilities
 from cvtrain.evaluation.intervals import wilson
 from cvtrain.evaluation.scores import Scores, reliability, score
 from cvtrain.inspection.mistakes import worst_first
-from cvtrain.report import grids, plots
 
 COLUMNS_OF_CLASSES = 100
 """Up to how many classes predictions.csv has a column for each."""
@@ -99,6 +98,8 @@ def write_results(
     write_csv(folder / "results.csv", [{"epoch": i + 1, **row} for i, row in enumerate(history)])
     figures = {f"test/{name}": picture for name, picture in write_evaluation(folder, evaluation, draw).items()}
     if history and draw:
+        from cvtrain.report import plots  # matplotlib: a run without pictures need not wait for it
+
         figures["curves"] = plots.curves(history, folder / "results.png")
     return {f"test/{name}": bounds for name, bounds in evaluation.scores.intervals.items()}, figures
 
@@ -127,6 +128,8 @@ def write_evaluation(folder: Path, evaluation: Evaluation, draw: bool = True) ->
 
 def _draw_evaluation(folder: Path, evaluation: Evaluation) -> dict[str, NDArray[np.uint8]]:
     """Draw matrices, reliability diagram and worst errors."""
+    from cvtrain.report import plots
+
     names, metrics, figures = evaluation.class_names, evaluation.metrics, {}
     if isinstance(metrics, ClassificationMetrics):
         matrix, what = metrics.matrix(), f"{evaluation.split} pictures"
@@ -184,6 +187,8 @@ def write_predictions(path: Path, evaluation: Evaluation) -> None:
 
 def _write_errors(path: Path, evaluation: Evaluation) -> None:
     """Draw the most confident wrong answers; an earlier sheet goes where there is none."""
+    from cvtrain.report import grids
+
     wrong = (evaluation.given != evaluation.labels).reshape(len(evaluation.labels), -1).any(1)
     if evaluation.pictures is None or not wrong.any():
         path.unlink(missing_ok=True)

@@ -42,7 +42,6 @@ from cvtrain.evaluation import fit_temperature
 from cvtrain.logger import NoLogger
 from cvtrain.model.size import first_line, refusal
 from cvtrain.precision.compiling import compiled
-from cvtrain.report import plots
 from cvtrain.report.console import (
     Progressing,
     attach_log,
@@ -302,6 +301,8 @@ def first_batch(run: TrainRun, epoch: int) -> Batch:
 
 def show_batch(run: TrainRun, folder: Path, class_names: list[str]) -> None:
     """Write what the model is about to see: an augmented training batch with its labels, and log it."""
+    from cvtrain.report import plots  # matplotlib: a run without pictures need not wait for it
+
     options, state = run.options, run.state
     batch = first_batch(run, state.epoch)
     images = run.augmented(batch, state.epoch).float() / 255
@@ -314,6 +315,8 @@ def show_batch(run: TrainRun, folder: Path, class_names: list[str]) -> None:
 
 def show_schedule(run: TrainRun, folder: Path) -> None:
     """Draw the learning rate of the whole run, before its first step, and log it."""
+    from cvtrain.report import plots
+
     total = run.options.epochs * run.steps_per_epoch
     stride = -(-total // SCHEDULE_POINTS)
     rates = [run.schedule.lr(*run.clock(step)) for step in range(0, total, stride)]
