@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import Row, arguments, report
+from common import Row, parser, report
 from transfer import emoji
 from transfer import weights as lite0
 
@@ -98,16 +98,18 @@ class Campaign:
     Args:
         outputs: Where the run folders go.
         quick: Few steps, few timed calls.
+        threads: CPU threads of every command; None: what torch chooses.
     """
 
-    def __init__(self, outputs: Path, quick: bool) -> None:
-        self.outputs, self.quick = outputs, quick
+    def __init__(self, outputs: Path, quick: bool, threads: int | None) -> None:
+        self.outputs, self.quick, self.threads = outputs, quick, threads
         self.notes: list[str] = []
 
     def told(self, *words: str) -> dict[str, Any]:
         """Run one command and return its last line; what it said of its artifacts becomes a note."""
-        command = [sys.executable, "-m", "cvtrain", *words, "json=true", f"output_dir={self.outputs}"]
-        command = [word for word in command if words[0] != "compress" or not word.startswith("output_dir=")]
+        command = [sys.executable, "-m", "cvtrain", *words, "json=true"]
+        command += [f"output_dir={self.outputs}"] if words[0] != "compress" else []  # which writes into the run's own
+        command += [f"threads={self.threads}"] if self.threads else []
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"artifacts: {' '.join(command)} ended with {done.returncode}\n{done.stderr}")
@@ -183,10 +185,12 @@ def compared(case: str, found: Found, unit: str, value: Callable[[dict[str, Any]
 
 def main() -> None:
     """Run the cases and report."""
-    args = arguments(str(__doc__).splitlines()[0])
+    parsing = parser(str(__doc__).splitlines()[0])
+    parsing.add_argument("--threads", type=int, help="CPU threads of every command; without it what torch chooses")
+    args = parsing.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
-        campaign = Campaign(Path(temporary), args.quick)
+        campaign = Campaign(Path(temporary), args.quick, args.threads)
         work: dict[str, Callable[[], list[Row]]] = {f"{name} at 224": lambda n=name: campaign.bare(n) for name in BARE}
         work |= {case: lambda c=case, t=training: campaign.trained(c, t) for case, training in TRAININGS.items()}
         for case, run in work.items():
@@ -194,7 +198,7 @@ def main() -> None:
                 found = run()
                 rows += found
                 print(f"{case}: {len(found)} rows", file=sys.stderr)
-        report(rows, args, campaign.notes)
+        report(rows, args, [*campaign.notes, f"CPU threads: {args.threads or 'as many as torch takes'}"])
 
 
 if __name__ == "__main__":
