@@ -39,7 +39,7 @@ EMOJI = ["data=folder", "img_size=64", "aug=weak", "batch_size=32", "precision=a
 STRIDED = "model.small_stem=false"
 """The network as it is for large pictures: a tenth of the arithmetic at 32 px."""
 ADAMW = ["optimizer=adamw", "scheduler=onecycle"]
-PRUNE = ["compression.prune_structured.finetune_epochs=3", "compression.prune_structured.distill=true"]
+PRUNE = "compression.prune_structured."
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,16 @@ class Training:
 
     Attributes:
         words: Options of the training.
+        epochs: Of the training, and of the fine-tuning behind pruning, which takes the training's rate again (learning
+            rate rewinding: Renda, Frankle & Carbin, "Comparing rewinding and fine-tuning in neural network pruning",
+            ICLR 2020).
         compression: Steps of the first command.
         again: Steps of `cvtrain compress` on the finished run; None: no second command.
         timed: Whether its latencies are reported.
     """
 
     words: Sequence[str]
+    epochs: int
     compression: str
     again: str | None = None
     timed: bool = False
@@ -61,31 +65,36 @@ class Training:
 
 TRAININGS = {
     "fashion resnet18": Training(
-        [*FASHION, *ADAMW, "optimizer.lr=2e-3", "model=resnet18", STRIDED, "epochs=8"],
+        [*FASHION, *ADAMW, "optimizer.lr=2e-3", "model=resnet18", STRIDED],
+        8,
         "[ptq_static,prune_structured]",
         again="[prune_structured,ptq_static]",
         timed=True,
     ),
     "fashion mobilenet_v2": Training(
-        [*FASHION, *ADAMW, "optimizer.lr=2e-3", "model=mobilenet_v2", STRIDED, "epochs=8"],
+        [*FASHION, *ADAMW, "optimizer.lr=2e-3", "model=mobilenet_v2", STRIDED],
+        8,
         "[ptq_static,qat,prune_structured]",
     ),
     "fashion efficientnet_b0": Training(
-        [*FASHION, *ADAMW, "optimizer.lr=2e-3", "model=efficientnet_b0", STRIDED, "epochs=8"],
+        [*FASHION, *ADAMW, "optimizer.lr=2e-3", "model=efficientnet_b0", STRIDED],
+        8,
         "[ptq_static,qat,prune_structured]",
     ),
     "fashion convnext_tiny": Training(
-        [*FASHION, *ADAMW, "optimizer.lr=5e-4", "model=convnext_tiny", STRIDED, "epochs=6"],
+        [*FASHION, *ADAMW, "optimizer.lr=5e-4", "model=convnext_tiny", STRIDED],
+        6,
         "[ptq_static,prune_structured]",
     ),
     "fashion vgg16": Training(
-        [*FASHION, *ADAMW, "optimizer.lr=2e-4", "model=vgg16", "epochs=4"], "[ptq_static,prune_structured]"
+        [*FASHION, *ADAMW, "optimizer.lr=2e-4", "model=vgg16"], 4, "[ptq_static,prune_structured]"
     ),
     "emoji efficientnet-lite0": Training(
         [
-            *(*EMOJI, *ADAMW, "optimizer.lr=5e-4", "epochs=6", "model=timm"),
+            *(*EMOJI, *ADAMW, "optimizer.lr=5e-4", "model=timm"),
             *("model.name=tf_efficientnet_lite0", "model.small_stem=false"),
         ],
+        6,
         "[ptq_static,qat,prune_structured]",
     ),
 }
@@ -140,8 +149,9 @@ class Campaign:
 
     def trained(self, case: str, training: Training) -> list[Row]:
         """Train, compress and prove, in one command or two."""
-        words = [*training.words, f"compression={training.compression}", "export=[onnx]", "logger=none"]
-        words += PRUNE if "prune_structured" in training.compression else []
+        prune = [f"{PRUNE}finetune_epochs={training.epochs}", f"{PRUNE}finetune_lr=1", f"{PRUNE}distill=true"]
+        words = [*training.words, f"epochs={training.epochs}", f"compression={training.compression}", "export=[onnx]"]
+        words += [*prune, "logger=none"]
         if case.startswith("emoji"):
             words += [f"data.root={emoji()}", f"pretrained={lite0()}"]
         if self.quick:
@@ -149,7 +159,7 @@ class Campaign:
         told = self.told("train", *words)
         rows = self.proved(case, told["artifacts"], training.timed)
         if training.again is not None:
-            more = self.told("compress", f"run={told['run']}", f"compression={training.again}", *PRUNE)
+            more = self.told("compress", f"run={told['run']}", f"compression={training.again}", *prune)
             rows += self.proved(f"{case}, pruned + distilled + INT8", more["artifacts"], training.timed)
         return rows
 
