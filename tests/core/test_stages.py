@@ -1,11 +1,14 @@
 """Stem, stages and head found by looking: on small networks made here, and in every family of two libraries."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
 from torchvision import models
 
 from cvtrain.compose import Composer
+from cvtrain.core import stages as finding
 from cvtrain.core.stages import find_stages
 from cvtrain.core.trunk import find_trunk
 from cvtrain.errors import ConfigError
@@ -350,25 +353,28 @@ TIMM = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_every_classifier_family_of_torchvision(name):
-    check(torchvision(name), (3, 224, 224), *TORCHVISION[name])
+def test_every_classifier_family_of_torchvision(monkeypatch, name):
+    check(monkeypatch, torchvision(name), (3, 224, 224), *TORCHVISION[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TIMM)
-def test_many_families_of_timm(name):
+def test_many_families_of_timm(monkeypatch, name):
     timm = pytest.importorskip("timm")
     model = on_meta(lambda: timm.create_model(name, pretrained=False))
-    check(model, model.pretrained_cfg["input_size"], *TIMM[name])
+    check(monkeypatch, model, model.pretrained_cfg["input_size"], *TIMM[name])
 
 
-def check(model, shape, count, head, stem):
-    stages = find_stages(model, shape)
+def check(monkeypatch, model, shape, count, head, stem):
+    follow_once = functools.cache(find_trunk)
+    monkeypatch.setattr(finding, "find_trunk", follow_once)
+    stages = find_stages(model, tuple(shape))
     covers_once(model, stages)
+    assert follow_once.cache_info().misses == 1
     assert [stage.name for stage in stages] == ["stem", *(f"stage{i}" for i in range(1, count - 1)), "head"]
     assert head in stages[-1].modules
     assert stem is None or stages[0].modules == stem
-    spans = find_trunk(model, shape).flow.spans
+    spans = follow_once(model, tuple(shape)).flow.spans
     begins = [min(spans[path][0] for path in called(stage.modules, spans)) for stage in stages]
     assert begins == sorted(set(begins))
 
